@@ -1,0 +1,53 @@
+"""Every error that regraft raises on purpose: one sentence that a user can act on.
+
+    RegraftError
+    |-- PictureError    a file or an array is not a picture that can be read faithfully
+    |-- DataError       a data set, a table of labels or a split cannot be used
+    |-- BackboneError   a network or its weights cannot be had or cannot be used
+    |-- TraceError      a network cannot be followed from input to output
+    |-- CutError        a cut does not exist, or lies where the network does not fall in two
+    |-- StoreError      the feature store cannot be read or written
+    |-- ArtifactError   a saved model is incomplete, damaged or from somewhere else
+    `-- RunError        a run directory belongs to another run
+
+The sentence says what must hold, what was found where, and what to try. The command line prints it and
+exits with 1; Python users catch RegraftError.
+"""
+
+from __future__ import annotations
+
+
+class RegraftError(Exception):
+    """The parent of all errors that the user of regraft can mend."""
+
+
+class PictureError(RegraftError):
+    """A file or an array is not a picture that can be read faithfully."""
+
+
+class DataError(RegraftError):
+    """A data set, its labels or a split of it cannot be used."""
+
+
+class BackboneError(RegraftError):
+    """A network or its weights cannot be had or cannot be used."""
+
+
+class TraceError(RegraftError):
+    """A network cannot be followed from its input to its output."""
+
+
+class CutError(RegraftError):
+    """A cut does not exist, or lies where the network does not fall in two."""
+
+
+class StoreError(RegraftError):
+    """The feature store cannot be read or written."""
+
+
+class ArtifactError(RegraftError):
+    """A saved model is incomplete, damaged or belongs to another architecture."""
+
+
+class RunError(RegraftError):
+    """A run directory holds another run than the one asked for."""
