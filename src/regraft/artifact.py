@@ -1,0 +1,275 @@
+"""The saved model: everything that turns a picture file into probabilities, without pickle and without the training.
+
+    model.safetensors   the frozen layers' tensors, under the names of the original network, and head.weight, head.bias
+    model.json          labels, preprocess spec, backbone, cut, head, numerics, licence, digests, versions; written last
+
+Every byte of both is covered by a digest. Knows nothing of how the head was found.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from torch import nn
+
+from regraft.__version__ import __version__
+from regraft.ahead import in_order
+from regraft.backbone import Backbone, Source, load_backbone, rebuild
+from regraft.cut import lower_at
+from regraft.errors import ArtifactError, PictureError
+from regraft.files import digest_json, write_atomic
+from regraft.frozen import FrozenLower, freeze_lower, run_frozen
+from regraft.heads import INPUT, Head, View
+from regraft.numerics import Numerics, pick_numerics
+from regraft.pictures import Picture, decode, from_array
+from regraft.preprocess import PreprocessSpec, fit_to_size, plain_spec, spec_from_json
+
+FORMAT = 1
+WEIGHTS_FILE = "model.safetensors"
+MANIFEST_FILE = "model.json"
+DECODERS = 2
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Probabilities of one picture, most likely first: (label, probability)."""
+
+    path: str
+    ranked: tuple[tuple[str, float], ...]
+
+    @property
+    def label(self) -> str:
+        """The most likely label."""
+        return self.ranked[0][0]
+
+    @property
+    def probability(self) -> float:
+        """The probability of the most likely label."""
+        return self.ranked[0][1]
+
+
+@dataclass(frozen=True)
+class TransferModel:
+    """Reused layers, head, labels and preparation.
+
+    frozen: None when the head sees the raw input alone; cut: the deepest cut, `input` then.
+    """
+
+    head: Head
+    labels: tuple[str, ...]
+    frozen: FrozenLower | None
+    source: Source | None
+    preprocess: PreprocessSpec
+    numerics: Numerics
+
+    @property
+    def cut(self) -> str:
+        """The deepest cut that the head reads."""
+        return self.head.cuts[-1]
+
+    def predict(self, inputs: Iterable[Any]) -> list[Prediction]:
+        """Labels with probabilities for paths, bytes of picture files, uint8 arrays (H, W[, 1, 3, 4]) or PIL images.
+
+        Raises PictureError for what is not a picture.
+        """
+        items = list(inputs)
+        names = [_name(item, i) for i, item in enumerate(items)]
+        out = []
+        for name, row in zip(names, self.probabilities(items), strict=True):
+            if isinstance(row, PictureError):
+                raise row
+            order = np.argsort(-row, kind="stable")
+            out.append(Prediction(name, tuple((self.labels[i], float(row[i])) for i in order)))
+        return out
+
+    def probabilities(self, items: Iterable[Any]) -> Iterator[np.ndarray | PictureError]:
+        """Probabilities float32 (classes,) for each item in turn, or the error that says why there are none."""
+        with ThreadPoolExecutor(DECODERS) as pool:
+            prepared = (outcome for _, outcome in in_order(pool, lambda pair: self._prepare(*pair), enumerate(items)))
+            yield from _batched(self, prepared)
+
+    def _prepare(self, i: int, item: Any) -> torch.Tensor | PictureError:
+        try:
+            return fit_to_size(_picture(item, _name(item, i)).pixels, self.preprocess)
+        except PictureError as e:
+            return e
+
+    def run(self, prepared: torch.Tensor) -> np.ndarray:
+        """Probabilities float32 (n, classes) of prepared pictures, uint8 (n, C, H, W), n at most the fixed batch."""
+        if self.frozen is None:
+            rows = {INPUT: prepared.reshape(len(prepared), -1).numpy().astype(np.float32)}
+        else:
+            values = run_frozen(self.frozen, prepared)
+            rows = {
+                cut.name: value.reshape(len(prepared), -1)
+                for cut, value in zip(self.frozen.cuts, values, strict=True)
+            }
+        return torch.softmax(self.head.logits(rows), 1).numpy()
+
+
+def assemble(
+    backbone: Backbone, head: Head, labels: Sequence[str], numerics: Numerics
+) -> TransferModel:
+    """A model from the frozen part of a backbone and a head fitted on its features."""
+    if head.cuts == (INPUT,):
+        spec = plain_spec(32, 32, 1 if head.views[0].grey else 3)
+        return TransferModel(head, tuple(labels), None, None, spec, numerics)
+    frozen = freeze_lower(backbone.trace, head.cuts, backbone.preprocess, numerics)
+    return TransferModel(head, tuple(labels), frozen, backbone.source, backbone.preprocess, numerics)
+
+
+def save_model(model: TransferModel, backbone: Backbone, folder: Path, facts: dict[str, Any]) -> None:
+    """Write model.safetensors, then model.json, into `folder`; `facts` are kept as the model's provenance."""
+    tensors = {"head.weight": model.head.weight, "head.bias": model.head.bias}
+    if model.frozen is not None:
+        lower = lower_at(backbone.trace, list(model.head.cuts))
+        tensors |= {f"lower.{name}": t.detach().cpu().contiguous().clone() for name, t in lower.state_dict().items()}
+    data = safetensors.torch.save(tensors)
+    write_atomic(folder / WEIGHTS_FILE, [data])
+    manifest = {
+        "format": FORMAT,
+        "regraft": __version__,
+        "labels": list(model.labels),
+        "cut": model.cut,
+        "head": {"cuts": list(model.head.cuts), "views": [view.to_json() for view in model.head.views]},
+        "preprocess": model.preprocess.to_json(),
+        "backbone": model.source.to_json() if model.source else None,
+        "licence": model.source.licence if model.source else None,
+        "numerics": model.numerics.to_json(),
+        "facts": facts,
+        "weights": {"file": WEIGHTS_FILE, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()},
+    }
+    write_atomic(folder / MANIFEST_FILE, [_render(manifest)])
+
+
+def load_model(
+    folder: str | os.PathLike[str], *, backbone: nn.Module | None = None, device: str = "auto"
+) -> TransferModel:
+    """A saved model, ready to predict, in a process that never trained.
+
+    backbone: the module, where the model was fitted on one given in Python (it is copied).
+    Raises ArtifactError when a file is missing, was changed by a single bit, or belongs to another model.
+    """
+    place = Path(folder)
+    manifest = read_manifest(place)
+    data = _read_weights(place, manifest["weights"])
+    try:
+        tensors = safetensors.torch.load(data)
+        numerics = pick_numerics(device, manifest["numerics"]["precision"])
+        views = tuple(View(**view) for view in manifest["head"]["views"])
+        head = Head(views, tensors.pop("head.weight"), tensors.pop("head.bias"))
+        spec = spec_from_json(manifest["preprocess"])
+        labels = tuple(manifest["labels"])
+        if manifest["backbone"] is None:
+            return TransferModel(head, labels, None, None, spec, numerics)
+        source = Source(**manifest["backbone"])
+    except (KeyError, TypeError, safetensors.SafetensorError) as e:
+        raise ArtifactError(f"{place / MANIFEST_FILE} must describe a regraft model of format {FORMAT}: {e!r}.") from e
+    network = _rebuilt(source, spec, backbone)
+    _load_lower(network, head, tensors, place)
+    frozen = freeze_lower(network.trace, head.cuts, spec, numerics)
+    return TransferModel(head, labels, frozen, source, spec, numerics)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """model.json, checked byte for byte against its own digest."""
+    path = folder / MANIFEST_FILE
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError as e:
+        raise ArtifactError(
+            f"{folder} must hold a finished model; there is no {MANIFEST_FILE}: run `regraft fit` to the end first."
+        ) from e
+    try:
+        manifest: dict[str, Any] = json.loads(data)
+        whole = _render({k: v for k, v in manifest.items() if k != "digest"}) == data
+    except (ValueError, AttributeError):
+        whole = False
+    if not whole:
+        raise ArtifactError(f"{path} must be as it was written; it was changed or damaged: restore it or fit again.")
+    if manifest.get("format") != FORMAT:
+        raise ArtifactError(
+            f"{path} must have format {FORMAT}; found {manifest.get('format')}: use the regraft that wrote it."
+        )
+    return manifest
+
+
+def _render(manifest: dict[str, Any]) -> bytes:
+    return json.dumps({**manifest, "digest": digest_json(manifest)}, indent=1, allow_nan=False).encode("ascii") + b"\n"
+
+
+def _read_weights(folder: Path, stated: dict[str, Any]) -> bytes:
+    path = folder / WEIGHTS_FILE
+    try:
+        data = path.read_bytes()
+    except OSError as e:
+        raise ArtifactError(f"{path} must be there beside {MANIFEST_FILE}: {e.strerror}.") from e
+    if len(data) != stated["bytes"] or hashlib.sha256(data).hexdigest() != stated["sha256"]:
+        raise ArtifactError(
+            f"{path} must be the file that {MANIFEST_FILE} was written for; its digest differs: it was damaged or "
+            "belongs to another model."
+        )
+    return data
+
+
+def _rebuilt(source: Source, spec: PreprocessSpec, module: nn.Module | None) -> Backbone:
+    if source.architecture == "custom" and module is not None:
+        return load_backbone(module, example=torch.zeros(2, spec.channels, *spec.size), preprocess=spec)
+    return rebuild(source, spec)
+
+
+def _load_lower(backbone: Backbone, head: Head, tensors: dict[str, torch.Tensor], place: Path) -> None:
+    lower = lower_at(backbone.trace, list(head.cuts))
+    stored = {name.removeprefix("lower."): tensor for name, tensor in tensors.items()}
+    try:
+        lower.load_state_dict(stored, strict=True)
+    except RuntimeError as e:
+        raise ArtifactError(
+            f"{place / WEIGHTS_FILE} must fit the layers of {backbone.source.architecture} below {head.cuts[-1]}: {e}"
+        ) from e
+
+
+def _batched(model: TransferModel, prepared: Iterable[torch.Tensor | PictureError]) -> Iterator[np.ndarray | PictureError]:
+    waiting: list[torch.Tensor | PictureError] = []
+
+    def results() -> Iterator[np.ndarray | PictureError]:
+        good = [p for p in waiting if isinstance(p, torch.Tensor)]
+        rows = iter(model.run(torch.stack(good)) if good else ())
+        for p in waiting:
+            yield next(rows) if isinstance(p, torch.Tensor) else p
+
+    for item in prepared:
+        waiting.append(item)
+        if sum(isinstance(p, torch.Tensor) for p in waiting) == model.numerics.batch:
+            yield from results()
+            waiting.clear()
+    yield from results()
+
+
+def _name(item: Any, i: int) -> str:
+    return os.fspath(item) if isinstance(item, str | os.PathLike) else f"inputs[{i}]"
+
+
+def _picture(item: Any, where: str) -> Picture:
+    if isinstance(item, str | os.PathLike):
+        try:
+            item = Path(item).read_bytes()
+        except OSError as e:
+            raise PictureError(f"{where!r} cannot be read: {e.strerror or e}.") from e
+    if isinstance(item, bytes | bytearray | memoryview):
+        return decode(bytes(item), where=where)
+    if hasattr(item, "convert") and hasattr(item, "mode"):  # a PIL image
+        keep = item.mode in ("L", "RGB", "RGBA")
+        item = np.asarray(item if keep else item.convert("RGB"))
+    return from_array(np.asarray(item), where=where)

@@ -1,0 +1,341 @@
+"""Follow a network from input to output: a module becomes a graph of operations that still reads its mode when run.
+
+Plain symbolic tracing (`torch.fx`) runs `forward` once with a stand-in for the input and writes down what happens.
+Whatever Python decides on the way is frozen into the graph, above all `if self.training`. Here `training` is a value
+of the graph like any other, so the graph obeys `.train()` and `.eval()`. A submodule that cannot be followed (it
+branches on computed values, draws random numbers in Python, keeps state, has hooks) stays in one piece.
+
+Knows modules and calls, not shapes, cuts or what any layer means. Not covered: attributes other than `training`
+(dropout rates that are passed to functions, say) keep the value they had when the network was followed, and other
+threads must not run modules meanwhile (a limit of `torch.fx`).
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+import threading
+import traceback
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from regraft.errors import TraceError
+
+_ONE_AT_A_TIME = threading.RLock()
+_TORCH = str(Path(torch.__file__).parent)
+_ADVICE = (
+    "move that part into a submodule of its own, or name its class in leaf_modules; "
+    "regraft then treats it as one piece"
+)
+
+
+@dataclass(frozen=True)
+class Followed:
+    """A network as a graph: `ends` maps a module path to the name of the node that is its output.
+
+    A path that runs several times has one entry per call, `path@1`, `path@2`, ...; a call whose result is not one
+    tensor maps to None. `scopes` maps a node name to the path of the module that made it. `constants` holds the
+    tensors that `forward` made by itself, under the names the graph uses for them.
+    """
+
+    graph: fx.Graph
+    ends: Mapping[str, str | None]
+    scopes: Mapping[str, str]
+    constants: Mapping[str, object]
+
+
+def follow(
+    module: nn.Module,
+    *,
+    leaf_modules: Collection[type[nn.Module]] = (),
+    leaf_functions: Collection[Callable[..., Any]] = (),
+) -> Followed:
+    """The graph of `module`, whose `forward` takes one tensor; further arguments keep their defaults.
+
+    `leaf_modules` are classes and `leaf_functions` functions to keep in one piece; what timm declares as such is
+    added where timm is imported. The module is left as it was: modes, attributes, random state.
+    Raises TraceError, naming file and line, where the outermost `forward` itself cannot be followed.
+    """
+    kinds, functions = _timm_leaves()
+    leaves = _Leaves(set(kinds) | set(leaf_modules), {f for f in [*functions, *leaf_functions] if callable(f)})
+    with _ONE_AT_A_TIME:
+        while True:
+            try:
+                return _settle(module, leaves)
+            except _Stopped as stop:
+                leaves.add(module, stop)
+
+
+@dataclass
+class _Leaves:
+    """What is kept in one piece; it grows from attempt to attempt, so following ends."""
+
+    kinds: set[type[nn.Module]]
+    functions: set[Callable[..., Any]]
+    exact_kinds: set[type[nn.Module]] = field(default_factory=set)
+    paths: set[str] = field(default_factory=set)
+
+    def add(self, root: nn.Module, stop: _Stopped) -> None:
+        """Keep the module that stopped the attempt in one piece, with all of its class: they would stop it too."""
+        if not stop.path:
+            raise TraceError(_sentence(root, stop)) from stop.__cause__
+        kind = type(root.get_submodule(stop.path))
+        if kind is type(root) or kind.__module__.startswith("torch.nn") or kind in self.exact_kinds:
+            self.paths.add(stop.path)
+        else:
+            self.exact_kinds.add(kind)
+
+    def holds(self, module: nn.Module, path: str) -> bool:
+        return (
+            path in self.paths
+            or type(module) in self.exact_kinds
+            or isinstance(module, tuple(self.kinds))
+            or bool(module._forward_hooks or module._forward_pre_hooks)
+        )
+
+
+class _Stopped(Exception):
+    """The module at `path` ("" for the outermost) cannot be followed."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(reason)
+        self.path = path
+        self.reason = reason
+
+
+def _settle(module: nn.Module, leaves: _Leaves) -> Followed:
+    """Follow the network and answer its questions about the mode (`if self.training`).
+
+    Every question is answered "no". Where answering "yes" instead gives the same graph, the mode makes no difference
+    (attention asks for the rate of a dropout that is 0 anyway); where it gives another one, the module that asked is
+    kept in one piece. A module without submodules loses nothing by that, so it is not tried.
+    """
+    followed, asked = _attempt(module, leaves, say_yes_to=None)
+    for path in asked:
+        if path and not any(True for _ in module.get_submodule(path).children()):
+            raise _Stopped(path, "it branches on self.training")
+    plain = str(followed.graph.python_code("self").src)
+    for kind, path in {type(module.get_submodule(path)): path for path in reversed(asked)}.items():
+        try:
+            other, _ = _attempt(module, leaves, say_yes_to=kind)
+        except _Stopped as stop:
+            raise _Stopped(path, "it branches on self.training") from stop
+        if str(other.graph.python_code("self").src) != plain:
+            raise _Stopped(path, "it branches on self.training")
+    return followed
+
+
+def _attempt(
+    module: nn.Module, leaves: _Leaves, *, say_yes_to: type[nn.Module] | None
+) -> tuple[Followed, tuple[str, ...]]:
+    """One pass through `forward`, and the paths of the modules that asked for the mode."""
+    tracer = _Tracer(leaves, say_yes_to)
+    with _left_as_it_was(module), _mode_as_a_value(tracer):
+        dice = _dice()
+        known = set(module.__dict__)
+        try:
+            graph = tracer.trace(module)
+        except _Stopped:
+            raise
+        except Exception as e:  # user code runs here: any class may come out
+            raise _Stopped(tracer.running(), str(e) or type(e).__name__) from e
+        if _dice() != dice:
+            raise _Stopped("", "it draws random numbers that do not depend on its input")
+        constants = {name: value for name, value in module.__dict__.items() if name not in known}
+    scopes = {name: scope for name, (scope, _) in tracer.node_name_to_scope.items()}
+    return Followed(graph, _numbered(tracer.finished), scopes, constants), tuple(tracer.asked)
+
+
+def _numbered(finished: list[tuple[str, str | None]]) -> dict[str, str | None]:
+    """Calls by path; the calls of a path that runs several times are numbered from 1."""
+    calls = Counter(path for path, _ in finished)
+    so_far: Counter[str] = Counter()
+    ends: dict[str, str | None] = {}
+    for path, node in finished:
+        so_far[path] += 1
+        ends[path if calls[path] == 1 else f"{path}@{so_far[path]}"] = node
+    return ends
+
+
+class _Tracer(fx.Tracer):
+    """Writes down one pass through `forward`, with modes, parameters and buffers as values."""
+
+    def __init__(self, leaves: _Leaves, say_yes_to: type[nn.Module] | None) -> None:
+        super().__init__(autowrap_functions=tuple(leaves.functions))
+        self.leaves = leaves
+        self.say_yes_to = say_yes_to
+        self.thread = threading.get_ident()
+        self.finished: list[tuple[str, str | None]] = []
+        self.asked: list[str] = []
+        self.modes: dict[str, fx.Proxy] = {}
+        self.stored: dict[int, str] = {}
+
+    def running(self) -> str:
+        """The path of the innermost module whose `forward` is being followed."""
+        for path, _ in reversed(self.module_stack.values()):
+            if not self.is_leaf_module(self.root.get_submodule(path), path):
+                return str(path)
+        return ""
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
+        """One stand-in, for the first argument; Python fills in the defaults of the others."""
+        for name, tensor in [*self.root.named_parameters(), *self.root.named_buffers()]:
+            self.stored.setdefault(id(tensor), name)
+        return root_fn, [self.root, self.create_proxy("placeholder", "x", (), {})]
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return super().is_leaf_module(m, module_qualified_name) or self.leaves.holds(m, module_qualified_name)
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        path = self.path_of_module(m)
+        if type(m) is nn.Identity and len(args) == 1 and not m._forward_hooks and not m._forward_pre_hooks:
+            result = args[0]  # the same value under another name
+        elif self.is_leaf_module(m, path):
+            result = super().call_module(m, forward, args, kwargs)
+        else:
+            dice, before = _dice(), _attributes(m)
+            result = super().call_module(m, forward, args, kwargs)
+            if _dice() != dice:
+                raise _Stopped(path, "it draws random numbers that do not depend on its input")
+            if _changed(before, _attributes(m)):
+                raise _Stopped(path, "it changes its own attributes")
+        self.finished.append((path, result.node.name if isinstance(result, fx.Proxy) else None))
+        return result
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """Parameters and buffers become values of the graph, so that none is baked in."""
+        name = self.stored.get(id(attr_val)) if isinstance(attr_val, torch.Tensor) else None
+        if name is None:
+            return attr_val
+        if name not in parameter_proxy_cache:
+            parameter_proxy_cache[name] = self.create_proxy(
+                "get_attr", name, (), {}, proxy_factory_fn=lambda node: _StoredProxy(node, self, attr_val)
+            )
+        return parameter_proxy_cache[name]
+
+    def mode_of(self, module: nn.Module) -> Any:
+        """What reading `module.training` gives while the network is followed: a value of the graph."""
+        path = (self.submodule_paths or {}).get(module)
+        if path is None or threading.get_ident() != self.thread:
+            return module.__dict__["training"]
+        if path not in self.modes:
+            self.modes[path] = self.create_proxy("get_attr", f"{path}.training".lstrip("."), (), {})
+        return self.modes[path]
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        if not any(obj is mode for mode in self.modes.values()):
+            return bool(super().to_bool(obj))
+        path = self.running()
+        if path not in self.asked:
+            self.asked.append(path)
+        return self.say_yes_to is type(self.root.get_submodule(path))
+
+
+class _StoredProxy(fx.Proxy):
+    """A parameter or buffer as a value of the graph; its shape is a fact, so code may branch on it."""
+
+    def __init__(self, node: fx.Node, tracer: fx.Tracer, tensor: torch.Tensor) -> None:
+        super().__init__(node, tracer)
+        self._tensor = tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        return self._tensor.shape
+
+    @property
+    def ndim(self) -> int:
+        return self._tensor.ndim
+
+    def size(self, *axis: int) -> Any:
+        return self._tensor.size(*axis)
+
+    def dim(self) -> int:
+        return self._tensor.dim()
+
+    def numel(self) -> int:
+        return self._tensor.numel()
+
+    def __len__(self) -> int:
+        return len(self._tensor)
+
+
+@contextmanager
+def _mode_as_a_value(tracer: _Tracer) -> Iterator[None]:
+    """While open, `module.training` is a value of the tracer's graph.
+
+    A property on the class wins over the entry in the instance, so no instance is touched.
+    """
+
+    def write(module: nn.Module, mode: bool) -> None:
+        module.__dict__["training"] = mode
+
+    setattr(nn.Module, "training", property(tracer.mode_of, write))  # noqa: B010 - mypy forbids the plain form
+    try:
+        yield
+    finally:
+        delattr(nn.Module, "training")
+
+
+@contextmanager
+def _left_as_it_was(module: nn.Module) -> Iterator[None]:
+    """Put back every attribute that `forward` stores on its modules, and the state of the random generators."""
+    before = [(m, _attributes(m)) for m in module.modules()]
+    python = random.getstate()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        random.setstate(python)
+        for m, stored in before:
+            if _changed(stored, _attributes(m)):
+                for now, then in zip(_shelves(m), stored, strict=True):
+                    now.clear()
+                    now.update(then)
+
+
+def _shelves(module: nn.Module) -> tuple[dict[str, Any], ...]:
+    return (module.__dict__, module._buffers, module._parameters, module._modules)
+
+
+def _attributes(module: nn.Module) -> tuple[dict[str, Any], ...]:
+    return tuple(dict(shelf) for shelf in _shelves(module))
+
+
+def _changed(before: tuple[dict[str, Any], ...], after: tuple[dict[str, Any], ...]) -> bool:
+    return any(a.keys() != b.keys() or any(a[k] is not b[k] for k in a) for a, b in zip(before, after, strict=True))
+
+
+def _dice() -> tuple[object, ...]:
+    """The state of the random generators that `forward` may draw from."""
+    numpy = sys.modules.get("numpy")
+    drawn = numpy.random.get_state()[1:3] if numpy else ((), 0)
+    return random.getstate(), torch.get_rng_state().numpy().tobytes(), bytes(drawn[0]), drawn[1]
+
+
+def _timm_leaves() -> tuple[list[type[nn.Module]], list[Callable[..., Any]]]:
+    """The classes and functions that timm declares as untraceable; nothing where no timm layer can be in the network.
+
+    A network made of timm's layers has imported them, so looking is enough and nothing is imported here.
+    """
+    layers = sys.modules.get("timm.layers")
+    if layers is None:
+        return [], []
+    return layers.get_notrace_modules(), layers.get_notrace_functions()
+
+
+def _sentence(root: nn.Module, stop: _Stopped) -> str:
+    """What stopped at the outermost module, at which line of the user's code, and what to do."""
+    where = f"{type(root).__name__}.forward"
+    if stop.__cause__ is not None:
+        frames = traceback.extract_tb(stop.__cause__.__traceback__)
+        own = [f for f in frames if not f.filename.startswith((_TORCH, __file__, "<"))]
+        where += f" ({own[-1].filename}:{own[-1].lineno})" if own else ""
+    reason = stop.reason.strip().rstrip(".").splitlines()[0]
+    return f"A network must be one fixed sequence of operations; {where} cannot be followed: {reason}: {_ADVICE}."

@@ -1,0 +1,1 @@
+"""Where pretrained networks come from: one file per source."""

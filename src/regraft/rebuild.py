@@ -1,0 +1,136 @@
+"""What can be made anew above a cut, so that it need not be carried across it.
+
+Only tensors with content count as alive at a cut. Two other sorts of values cross it for free. What depends on the
+weights alone is computed on both sides. A size (batch, height, number of tokens) is read off the tensor at the cut,
+if it was equal to one of its axes, or always the same, in every observed run; or it is computed from such sizes.
+
+    size alive across the cut ---- equals h.shape[i] in all runs ----> h.size(i)
+                              `--- the same number in all runs ------> that number
+                              `--- made of sizes that can be had ----> computed again
+
+Knows graphs and what was observed of them, not how a part of a network is put together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from regraft.observe import Depends, Sight, Tensor
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Length of axis `index` of the tensor at the cut."""
+
+    index: int
+
+
+@dataclass(frozen=True)
+class Trait:
+    """`dtype` or `device` of the tensor at the cut."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Several at once; `shape` says that the code expects a torch.Size rather than a tuple."""
+
+    parts: tuple[Recipe, ...]
+    shape: bool
+
+
+@dataclass(frozen=True)
+class Same:
+    """A value that never changed."""
+
+    value: object
+
+
+@dataclass(frozen=True)
+class Again:
+    """The same operation once more, on arguments that can be had above the cut."""
+
+
+Recipe = Axis | Trait | Sizes | Same | Again
+
+
+def recipes(nodes: Sequence[fx.Node], sights: Mapping[str, Sight], cut: fx.Node) -> dict[str, Recipe] | None:
+    """For each value without content that the nodes above `cut` need: how to have it there. None: there is no way."""
+    found: dict[str, Recipe | None] = {}
+    place = sights[cut.name].place
+    for node in nodes[place + 1 :]:
+        if sights[node.name].depends is Depends.CONTENT or sights[node.name].effect:
+            for value in node.all_input_nodes:
+                if not _to_be_had(value, sights, cut, found):
+                    return None
+    return {name: recipe for name, recipe in found.items() if recipe is not None}
+
+
+def reachable(node: fx.Node, sights: Mapping[str, Sight], cut: fx.Node, known: dict[str, Recipe]) -> bool:
+    """Whether a node that nothing depends on (a check) can run above the cut; adds what it needs to `known`."""
+    found: dict[str, Recipe | None] = dict(known)
+    if not all(_to_be_had(value, sights, cut, found) for value in node.all_input_nodes):
+        return False
+    known.update({name: recipe for name, recipe in found.items() if recipe is not None})
+    return True
+
+
+def _to_be_had(node: fx.Node, sights: Mapping[str, Sight], cut: fx.Node, found: dict[str, Recipe | None]) -> bool:
+    sight = sights[node.name]
+    above = sight.place > sights[cut.name].place
+    if node is cut:
+        return True
+    if sight.depends is Depends.CONTENT:
+        return above
+    if sight.effect or sight.overwritten:  # must happen exactly once, on its side of the cut
+        return above
+    if node.name not in found:
+        found[node.name] = None
+        found[node.name] = _recipe(node, sights, cut, found, above)
+    return found[node.name] is not None
+
+
+def _recipe(
+    node: fx.Node, sights: Mapping[str, Sight], cut: fx.Node, found: dict[str, Recipe | None], above: bool
+) -> Recipe | None:
+    if not above and sights[node.name].depends is Depends.SIZES:
+        read = _read_off(sights[node.name].seen, sights[cut.name].seen)
+        if read is not None:
+            return read
+    if all(_to_be_had(value, sights, cut, found) for value in node.all_input_nodes):
+        return Again()
+    return _read_off(sights[node.name].seen, sights[cut.name].seen)
+
+
+def _read_off(seen: Sequence[object], h: Sequence[object]) -> Recipe | None:
+    """How values seen in several runs follow from the tensor at the cut in the same runs."""
+    tensors = [t for t in h if isinstance(t, Tensor)]
+    if isinstance(seen[0], torch.dtype) and all(v == t.dtype for v, t in zip(seen, tensors, strict=True)):
+        return Trait("dtype")
+    if isinstance(seen[0], torch.device) and all(v == t.device for v, t in zip(seen, tensors, strict=True)):
+        return Trait("device")
+    if isinstance(seen[0], tuple):
+        return _read_off_each(seen, h)
+    if isinstance(seen[0], (Tensor, type)):
+        return None
+    if all(v == seen[0] for v in seen):
+        return Same(seen[0])
+    for axis in range(min(len(t.shape) for t in tensors)):
+        if all(v == t.shape[axis] for v, t in zip(seen, tensors, strict=True)):
+            return Axis(axis)
+    return None
+
+
+def _read_off_each(seen: Sequence[object], h: Sequence[object]) -> Recipe | None:
+    rows = [v for v in seen if isinstance(v, tuple)]
+    if len({len(row) for row in rows}) != 1 or len(rows) != len(seen):
+        return None
+    parts = [_read_off(column, h) for column in zip(*rows, strict=True)]
+    if any(part is None for part in parts):
+        return None
+    return Sizes(tuple(p for p in parts if p is not None), isinstance(seen[0], torch.Size))

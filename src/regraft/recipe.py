@@ -1,0 +1,406 @@
+"""The whole job as one function each: `fit`, `curve`, `evaluate`; the column of the architecture from top to bottom."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from regraft.__version__ import __version__
+from regraft.artifact import TransferModel, assemble, load_model, save_model
+from regraft.backbone import Backbone, load_backbone
+from regraft.data import Dataset, LeftOut, load_data, printable, read, subset
+from regraft.errors import DataError, PictureError, RegraftError, RunError
+from regraft.features import FeatureTable, extract
+from regraft.files import digest_json
+from regraft.frozen import agreement
+from regraft.numerics import Numerics, pick_numerics
+from regraft.predict import Evaluation, evaluate_model, worst
+from regraft.probe import Bench, Task, Trial, all_grey, fit_head
+from regraft.record import RECORD_FILE, read_record, write_record
+from regraft.report import REPORT_FILE, write_report
+from regraft.scores import calibration_error, confusion
+from regraft.search import Choice, choose, curve_interval, run_trials
+from regraft.splits import fold_assignments, together
+from regraft.store import FeatureStore, open_store
+
+AGREEMENT_NEEDED = 0.98
+"""Below this cosine with float32 at some cut, bfloat16 is given up for that network."""
+
+Say = Callable[[str, int, int], None]
+"""Progress: what is being done, how much of it is done, how much there is."""
+Data = str | os.PathLike[str] | Dataset | tuple[Any, Any]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """How the score depends on the number of reused layers, on the same folds at every cut."""
+
+    backbone: Backbone
+    trials: tuple[Trial, ...]
+    choice: Choice
+    task: Task
+    table: FeatureTable
+    bench: Bench
+    numerics: Numerics
+    agreement: float
+    problems: tuple[LeftOut, ...]
+    seconds: dict[str, float]
+
+    def to_json(self) -> dict[str, Any]:
+        """Points in order of depth, the recommended cut and why."""
+        shown = {cut.name: cut for cut in self.backbone.cuts}
+        singles = [t for t in self.trials if len(t.views) == 1]
+        return {
+            "backbone": self.backbone.source.to_json(),
+            "cuts": [_point(t, self.task, shown) for t in singles],
+            "several": [_point(t, self.task, shown) for t in self.trials if len(t.views) > 1],
+            "recommended": self.choice.trial.name,
+            "transfer_helps": self.choice.helps,
+            "reason": self.choice.reason,
+            "score": self.choice.score.score,
+            "interval": [self.choice.score.low, self.choice.score.high],
+            "gain": asdict(self.choice.gain),
+            "forward_passes": self.table.forward_passes,
+            "seconds": self.seconds,
+        }
+
+
+@dataclass(frozen=True)
+class Run:
+    """One finished execution: its directory, the saved model as `predict` loads it, and its record."""
+
+    folder: Path
+    model: TransferModel
+    record: dict[str, Any]
+
+
+def silent(what: str, done: int, total: int) -> None:
+    """Progress for nobody."""
+
+
+def curve(
+    data: Data,
+    backbone: str | nn.Module | Backbone = "default",
+    *,
+    example: torch.Tensor | None = None,
+    group: str | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    strict: bool = False,
+    allow_empty_class: bool = False,
+    store: FeatureStore | None = None,
+    say: Say = silent,
+) -> Curve:
+    """How many layers of a backbone to reuse: cross-validated probes on every shown cut and on the raw input.
+
+    data: see `load_data`; its test split is not touched. group: see `load_data`.
+    Raises RegraftError subclasses as `load_data`, `load_backbone` and `extract` do; with `strict`, DataError for any
+    picture that would be left out.
+    """
+    started = time.perf_counter()
+    dataset = load_data(data, group=group, allow_empty_class=allow_empty_class)
+    say("loading the backbone", 0, 1)
+    network = load_backbone(backbone, example=example, seed=seed)
+    numerics, measured = faithful_numerics(network, device)
+    seconds = {"prepare": time.perf_counter() - started}
+    return _curve(dataset, network, numerics, measured, store or open_store(), seed, strict, say, seconds)
+
+
+def fit(
+    data: Data,
+    backbone: str | nn.Module | Backbone = "default",
+    *,
+    out: str | os.PathLike[str],
+    test: Data | None = None,
+    example: torch.Tensor | None = None,
+    group: str | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    strict: bool = False,
+    allow_empty_class: bool = False,
+    store: FeatureStore | None = None,
+    say: Say = silent,
+) -> Run:
+    """The whole job: curve, choice, final head, saved model, its evaluation, report; all in the directory `out`.
+
+    test: pictures that only the finished model sees, instead of the data's own test split. A finished run is returned
+    as it is; an interrupted one goes on. RunError if `out` holds a run with other options or other data.
+    """
+    started = time.perf_counter()
+    dataset = load_data(data, group=group, allow_empty_class=allow_empty_class)
+    tested = _test_data(dataset, test, group)
+    folder = Path(out)
+    options = {
+        "data": dataset.source,
+        "test": tested.source if tested else None,
+        "backbone": backbone if isinstance(backbone, str) else _described(backbone),
+        "group": group,
+        "seed": seed,
+        "strict": strict,
+        "allow_empty_class": allow_empty_class,
+    }
+    record = _resume(folder, options, dataset, tested)
+    if record is not None:
+        module = backbone if isinstance(backbone, nn.Module) else None
+        return Run(folder, load_model(folder, backbone=module, device=device), record)
+    write_record(folder, {"status": "running", "options": options})
+
+    say("loading the backbone", 0, 1)
+    network = load_backbone(backbone, example=example, seed=seed)
+    numerics, measured = faithful_numerics(network, device)
+    seconds = {"prepare": time.perf_counter() - started}
+    found = _curve(dataset, network, numerics, measured, store or open_store(), seed, strict, say, seconds)
+
+    at = time.perf_counter()
+    head = fit_head(found.bench, found.task, found.choice.trial)
+    model = assemble(network, head, dataset.labels, numerics)
+    facts = {"score": asdict(found.choice.score), "agreement": measured, "examples": len(found.task.labels)}
+    save_model(model, network, folder, facts)
+    seconds["head"] = time.perf_counter() - at
+    at = time.perf_counter()
+    # What is reported is what is saved: the file is read back and judged as `predict` runs it.
+    module = network.module if network.source.architecture == "custom" else None
+    saved = load_model(folder, backbone=module, device=device)
+    evaluation = evaluate_model(saved, tested, lambda d, t: say("testing the saved model", d, t)) if tested else None
+    seconds["test"] = time.perf_counter() - at
+    seconds["total"] = time.perf_counter() - started
+    record = _record(options, dataset, tested, found, evaluation, seconds)
+    write_report(folder / REPORT_FILE, record, _pictures_of(record, dataset, tested))
+    write_record(folder, record)
+    return Run(folder, saved, record)
+
+
+def evaluate(model: TransferModel | str | os.PathLike[str], data: Data, *, group: str | None = None,
+             device: str = "auto", say: Say = silent) -> Evaluation:
+    """Judge a saved model on labelled pictures: their test split if there is one, else all of them.
+
+    Raises DataError naming a class that the model does not know; a class without pictures has support 0.
+    """
+    loaded = model if isinstance(model, TransferModel) else load_model(model, device=device)
+    dataset = load_data(data, group=group, allow_empty_class=True)
+    tested = subset(dataset, "test")
+    return evaluate_model(loaded, tested if tested.examples else dataset, lambda d, t: say("predicting", d, t))
+
+
+def faithful_numerics(backbone: Backbone, device: str) -> tuple[Numerics, float]:
+    """The machine's numerics for this network and their agreement (cosine) with float32; float32 where it is poor."""
+    numerics = pick_numerics(device)
+    if numerics.precision == "float32":
+        return numerics, 1.0
+    names = [cut.name for cut in backbone.shown]
+    measured = agreement(backbone.trace, names, backbone.preprocess, numerics)
+    if measured < AGREEMENT_NEEDED:
+        return pick_numerics(device, "float32"), 1.0
+    return numerics, measured
+
+
+def _curve(
+    dataset: Dataset,
+    backbone: Backbone,
+    numerics: Numerics,
+    measured: float,
+    store: FeatureStore,
+    seed: int,
+    strict: bool,
+    say: Say,
+    seconds: dict[str, float],
+) -> Curve:
+    learning = subset(dataset, "train", "validation")
+    names = [cut.name for cut in backbone.shown]
+    at = time.perf_counter()
+    table = extract(learning, backbone, names, store, numerics, lambda d, t: say("computing features", d, t))
+    seconds |= {"features": time.perf_counter() - at}
+    chosen, conflicts = _consistent(table, dataset.labels)
+    problems = table.left_out + conflicts
+    if strict and problems:
+        raise DataError(f"--strict allows nothing to be left out; {printable(problems[0].where)}: {problems[0].reason}")
+    at = time.perf_counter()
+    bench = Bench(table, chosen, all_grey(table, chosen))
+    task = _task(table, chosen, len(dataset.labels), seed)
+    steps = len(names) + 3
+    done: list[Trial] = []
+
+    def tell(trial: Trial) -> None:
+        done.append(trial)
+        say("probing the cuts", len(done), steps)
+
+    trials = run_trials(bench, task, [(cut.name, cut.depth) for cut in backbone.shown], tell)
+    choice = choose(trials, task)
+    seconds |= {"probes": time.perf_counter() - at}
+    return Curve(backbone, trials, choice, task, table, bench, numerics, measured, problems, seconds)
+
+
+def _task(table: FeatureTable, chosen: np.ndarray, classes: int, seed: int) -> Task:
+    labels = np.array([table.examples[i].label for i in chosen], dtype=np.int64)
+    groups = together(
+        [table.ids[i] for i in chosen],
+        [table.pixels[i] for i in chosen],
+        [table.examples[i].group for i in chosen],
+    )
+    return Task(labels, groups, fold_assignments(labels, groups, seed=seed), classes)
+
+
+def _consistent(table: FeatureTable, labels: Sequence[str]) -> tuple[np.ndarray, tuple[LeftOut, ...]]:
+    """Indices of the examples to learn from: all but pictures whose pixels stand under two labels."""
+    under: dict[str, dict[int, str]] = {}
+    for example, pixels in zip(table.examples, table.pixels, strict=True):
+        under.setdefault(pixels, {}).setdefault(example.label, example.where)
+    chosen, conflicts = [], []
+    for i, (example, pixels) in enumerate(zip(table.examples, table.pixels, strict=True)):
+        others = [(label, where) for label, where in under[pixels].items() if label != example.label]
+        if others:
+            label, where = others[0]
+            reason = (
+                f"the same picture stands under two labels: {printable(labels[example.label])} here and "
+                f"{printable(labels[label])} as {printable(where)}"
+            )
+            conflicts.append(LeftOut(example.where, reason))
+        else:
+            chosen.append(i)
+    if len({table.examples[i].label for i in chosen}) < len({e.label for e in table.examples}):
+        raise DataError(f"Every class must keep a picture of its own; {printable(conflicts[0].where)}: {conflicts[0].reason}.")
+    return np.array(chosen, dtype=np.int64), tuple(conflicts)
+
+
+def _test_data(dataset: Dataset, test: Data | None, group: str | None) -> Dataset | None:
+    if test is None:
+        own = subset(dataset, "test")
+        return own if own.examples else None
+    given = load_data(test, allow_empty_class=True)
+    unknown = sorted(set(given.labels) - set(dataset.labels))
+    if unknown:
+        raise DataError(
+            f"The test data must have the classes of the training data; {printable(unknown[0])!r} in "
+            f"{printable(given.source)} is not one of: {', '.join(map(printable, dataset.labels))}."
+        )
+    own = subset(given, "test")
+    return own if own.examples else given
+
+
+def _resume(folder: Path, options: dict[str, Any], dataset: Dataset, tested: Dataset | None) -> dict[str, Any] | None:
+    """The record of a finished run with these options and data; None where there is something left to do."""
+    record = read_record(folder)
+    if record is None:
+        return None
+    before = record["options"]
+    changed = [f"{k}: {before.get(k)!r} then, {v!r} now" for k, v in options.items() if before.get(k) != v]
+    if changed:
+        raise RunError(f"{folder} holds a run with other options ({'; '.join(changed)}): choose another --out.")
+    if record["status"] != "finished":
+        return None
+    now = {"train": _identity(subset(dataset, "train", "validation")), "test": _identity(tested) if tested else None}
+    if record["data"]["identity"] != now:
+        then = record["data"]["pictures"]
+        raise RunError(
+            f"{folder} holds a run on other pictures ({then} were there then, {len(dataset.examples)} are now, or some "
+            "changed): choose another --out; their features are kept and need not be computed again."
+        )
+    return record
+
+
+def _identity(dataset: Dataset) -> str:
+    """Digest of every picture's bytes, label and split, wherever the data lie."""
+    return digest_json(sorted([_id(e), dataset.labels[e.label], e.split, e.group] for e in dataset.examples))
+
+
+def _id(example: Any) -> str:
+    try:
+        return read(example).id
+    except PictureError:
+        return "unreadable"
+
+
+def _described(backbone: nn.Module | Backbone) -> str:
+    if isinstance(backbone, Backbone):
+        return f"{backbone.source.spec} {backbone.source.weights}"
+    from regraft.backbone import weights_digest
+
+    return f"{type(backbone).__name__} {weights_digest(backbone, repr(backbone))}"
+
+
+def _point(trial: Trial, task: Task, cuts: dict[str, Any]) -> dict[str, Any]:
+    interval = curve_interval(trial, task)
+    return {
+        "name": trial.name,
+        "depth": trial.depth,
+        "dim": sum(view.dim for view in trial.views),
+        "score": interval.score,
+        "low": interval.low,
+        "high": interval.high,
+        "log_loss": trial.log_loss,
+        "strength": trial.strength,
+        "whole_grid": [view.whole and view.parts > 1 for view in trial.views],
+        "shape": list(cuts[trial.name].shape) if trial.name in cuts else None,
+    }
+
+
+def _record(
+    options: dict[str, Any],
+    dataset: Dataset,
+    tested: Dataset | None,
+    found: Curve,
+    evaluation: Evaluation | None,
+    seconds: dict[str, float],
+) -> dict[str, Any]:
+    learning = subset(dataset, "train", "validation")
+    trial, task = found.choice.trial, found.task
+    probabilities = torch.softmax(trial.scores.mean(0) * trial.sharpness, 1).numpy()
+    predicted = probabilities.argmax(1)
+    where = [found.table.examples[i].where for i in found.bench.chosen]
+    return {
+        "status": "finished",
+        "regraft": __version__,
+        "options": options,
+        "data": {
+            "labels": list(dataset.labels),
+            "pictures": len(dataset.examples),
+            "used": len(task.labels),
+            "per_class": np.bincount(task.labels, minlength=task.classes).tolist(),
+            "grey": found.bench.grey,
+            "identity": {"train": _identity(learning), "test": _identity(tested) if tested else None},
+            "left_out": [asdict(item) for item in found.problems],
+            "notes": [asdict(item) for item in found.table.notes],
+            "ignored": [asdict(item) for item in dataset.ignored],
+            "folds": {"repeats": len(task.folds), "folds": int(task.folds.max()) + 1},
+        },
+        "numerics": {**found.numerics.to_json(), "agreement": found.agreement},
+        "curve": found.to_json(),
+        "chosen": {
+            "name": trial.name,
+            "cuts": [view.cut for view in trial.views],
+            "strength": trial.strength,
+            "score": asdict(found.choice.score),
+            "own_score": asdict(curve_interval(trial, task)),
+            "calibration_error": calibration_error(probabilities, task.labels),
+            "confusion": confusion(predicted, task.labels, task.classes).tolist(),
+            "worst": worst(where, probabilities, task.labels, dataset.labels),
+        },
+        "test": evaluation.to_json() if evaluation else None,
+        "forward_passes": found.table.forward_passes,
+        "seconds": seconds,
+        "machine": {"python": platform.python_version(), "torch": torch.__version__, "cores": os.cpu_count()},
+    }
+
+
+def _pictures_of(record: dict[str, Any], dataset: Dataset, tested: Dataset | None) -> Callable[[str], np.ndarray | None]:
+    """Pixels of a picture that the record names, for the report."""
+    known = {e.where: e for e in dataset.examples} | ({e.where: e for e in tested.examples} if tested else {})
+
+    def pixels(where: str) -> np.ndarray | None:
+        try:
+            return read(known[where]).decode().pixels
+        except (KeyError, RegraftError):
+            return None
+
+    return pixels
+
+
