@@ -10,8 +10,8 @@ Not covered: layers that are replaced in the network after it was cut.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import fx, nn
@@ -19,8 +19,16 @@ from torch import fx, nn
 from regraft.errors import CutError
 from regraft.graph import Cut, Trace, find_cut
 from regraft.observe import Depends
-from regraft.rebuild import Again, Axis, Recipe, Same, Sizes, Trait, reachable, recipes
+from regraft.rebuild import Again, Axis, Fixed, Recipe, Same, Sizes, Trait, reachable, recipes
 from regraft.twins import runnable
+
+if TYPE_CHECKING:
+    from regraft.backbone import Backbone
+
+
+def cut_at(backbone: Backbone, name: str) -> tuple[nn.Module, nn.Module]:
+    """The part of a backbone below the cut called `name`, and the part above it; see `split`."""
+    return split(backbone.trace, name)
 
 
 def split(trace: Trace, name: str) -> tuple[nn.Module, nn.Module]:
@@ -28,7 +36,8 @@ def split(trace: Trace, name: str) -> tuple[nn.Module, nn.Module]:
 
     `lower` takes what the network takes and returns the tensor at the cut, of shape (batch, *cut.shape); `upper`
     takes that tensor and returns what the network returns, equal bit for bit, also in training from the same random
-    state. Both start in the mode of the network. Raises CutError as `find_cut` does.
+    state. Both start in the mode of the network. Raises CutError as `find_cut` does. Where the network carries height
+    and width beside its tokens, `upper` is for pictures of the size of the example and raises CutError for others.
 
         >>> lower, upper = split(trace(network, example), "layer3")
     """
@@ -84,7 +93,19 @@ def _upper_graph(trace: Trace, cut: Cut) -> fx.Graph:
         check = not node.users and not once and reachable(node, sights, at, known)
         if once or check:
             writer.copy(node)
+    if writer.fixed:
+        with writer.graph.inserting_after(writer.h):
+            writer.graph.call_function(require_size, (writer.h, cut.shape, cut.name))
     return writer.graph
+
+
+def require_size(h: torch.Tensor, shape: Sequence[int], name: str) -> None:
+    """Refuse a tensor of another size, above a cut that holds for one picture size only; raises CutError."""
+    if tuple(h.shape[1:]) != tuple(shape):
+        raise CutError(
+            f"Above cut {name!r} the network keeps to the picture size it was traced with, so the tensor must have "
+            f"shape (batch, {', '.join(map(str, shape))}); found {tuple(h.shape)}: trace with an example of that size."
+        )
 
 
 class _Writer:
@@ -95,6 +116,7 @@ class _Writer:
         self.known = known
         self.h = self.graph.placeholder("h")
         self.read: dict[Recipe, object] = {}
+        self.fixed = False
         self.values: dict[fx.Node, object] = {cut: self.graph.call_method("clone", (self.h,)) if copied else self.h}
 
     def copy(self, node: fx.Node) -> object:
@@ -118,6 +140,9 @@ class _Writer:
     def _read_off(self, recipe: Recipe) -> object:
         match recipe:
             case Same(value):
+                return value
+            case Fixed(value):
+                self.fixed = True
                 return value
             case Axis(index):
                 return self.graph.call_method("size", (self.h, index))

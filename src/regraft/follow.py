@@ -25,28 +25,28 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.utils import _pytree as pytree
 
 from regraft.errors import TraceError
 
 _ONE_AT_A_TIME = threading.RLock()
 _TORCH = str(Path(torch.__file__).parent)
 _ADVICE = (
-    "move that part into a submodule of its own, or name its class in leaf_modules; "
-    "regraft then treats it as one piece"
+    "move that part into a submodule of its own, or name its class in leaf_modules; regraft then treats it as one piece"
 )
 
 
 @dataclass(frozen=True)
 class Followed:
-    """A network as a graph: `ends` maps a module path to the name of the node that is its output.
+    """A network as a graph.
 
-    A path that runs several times has one entry per call, `path@1`, `path@2`, ...; a call whose result is not one
-    tensor maps to None. `scopes` maps a node name to the path of the module that made it. `constants` holds the
-    tensors that `forward` made by itself, under the names the graph uses for them.
+    `ends` maps a module path to the names of the nodes in its result, often just one. A path that runs several times
+    has one entry per call, `path@1`, `path@2`, ... `scopes` maps a node name to the path of the module that made it.
+    `constants` holds the tensors that `forward` made by itself, under the names the graph uses for them.
     """
 
     graph: fx.Graph
-    ends: Mapping[str, str | None]
+    ends: Mapping[str, tuple[str, ...]]
     scopes: Mapping[str, str]
     constants: Mapping[str, object]
 
@@ -153,14 +153,14 @@ def _attempt(
     return Followed(graph, _numbered(tracer.finished), scopes, constants), tuple(tracer.asked)
 
 
-def _numbered(finished: list[tuple[str, str | None]]) -> dict[str, str | None]:
+def _numbered(finished: list[tuple[str, tuple[str, ...]]]) -> dict[str, tuple[str, ...]]:
     """Calls by path; the calls of a path that runs several times are numbered from 1."""
     calls = Counter(path for path, _ in finished)
     so_far: Counter[str] = Counter()
-    ends: dict[str, str | None] = {}
-    for path, node in finished:
+    ends: dict[str, tuple[str, ...]] = {}
+    for path, nodes in finished:
         so_far[path] += 1
-        ends[path if calls[path] == 1 else f"{path}@{so_far[path]}"] = node
+        ends[path if calls[path] == 1 else f"{path}@{so_far[path]}"] = nodes
     return ends
 
 
@@ -172,7 +172,7 @@ class _Tracer(fx.Tracer):
         self.leaves = leaves
         self.say_yes_to = say_yes_to
         self.thread = threading.get_ident()
-        self.finished: list[tuple[str, str | None]] = []
+        self.finished: list[tuple[str, tuple[str, ...]]] = []
         self.asked: list[str] = []
         self.modes: dict[str, fx.Proxy] = {}
         self.stored: dict[int, str] = {}
@@ -206,7 +206,8 @@ class _Tracer(fx.Tracer):
                 raise _Stopped(path, "it draws random numbers that do not depend on its input")
             if _changed(before, _attributes(m)):
                 raise _Stopped(path, "it changes its own attributes")
-        self.finished.append((path, result.node.name if isinstance(result, fx.Proxy) else None))
+        parts = pytree.tree_leaves(result)
+        self.finished.append((path, tuple(part.node.name for part in parts if isinstance(part, fx.Proxy))))
         return result
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:

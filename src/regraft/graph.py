@@ -58,8 +58,9 @@ class Cut:
 class Trace:
     """A network, the graph of its operations, what was observed of each value, and its cuts in order of depth.
 
-    `ends` maps module paths to nodes (see `Followed`), `sights` and `refused` nodes to facts and to the reason why
-    there is no cut. The graph reads the mode (`training`) when it runs.
+    `ends` maps module paths to the node of the one tensor that the module returns (None: it returns several); `sights`
+    and `refused` map nodes to facts and to the reason why there is no cut. The graph reads the mode (`training`) when
+    it runs.
     """
 
     module: nn.Module
@@ -98,9 +99,10 @@ def trace(
         raise TraceError(f"{_class(module)} cannot be run operation by operation: {_first_line(e)}.") from e
     _check(module, trials, outputs)
     found, refused, joins = _sweep(followed, trials, sights)
-    cuts = _cuts(followed, module, trials, sights, found, refused, joins)
+    ends = {path: _one_tensor(nodes, sights) for path, nodes in followed.ends.items()}
+    cuts = _cuts(followed, ends, module, trials, sights, found, refused, joins)
     shape = tuple(example.shape)
-    return Trace(module, followed.graph, shape, cuts, followed.ends, followed.constants, sights, refused)
+    return Trace(module, followed.graph, shape, cuts, ends, followed.constants, sights, refused)
 
 
 def find_cut(trace: Trace, name: str) -> Cut:
@@ -120,13 +122,16 @@ def find_cut(trace: Trace, name: str) -> Cut:
 # ---- running the network ----------------------------------------------------------------------------------------
 
 
+Varies = Literal["", "batch", "size", "mode"]
+
+
 @dataclass(frozen=True)
 class _Trial:
     """One input, and what the network itself gives for it; `varies` names what is unlike the first trial."""
 
     run: Run
     expected: object
-    varies: Literal["", "batch", "size", "mode"]
+    varies: Varies
 
 
 def _trials(module: nn.Module, example: torch.Tensor) -> list[_Trial]:
@@ -138,16 +143,18 @@ def _trials(module: nn.Module, example: torch.Tensor) -> list[_Trial]:
         raise TraceError(f"An example must be a batch, of rank 2 or more; found shape {tuple(example.shape)}.")
     whole = twin(module).eval()
     trials = []
-    for batch, varies in ((2, ""), (3, "batch")):
+    for batch in (2, 3):
         x = _like(example, batch)
         try:
-            trials.append(_Trial(Run(x, False), _output(whole, x), varies))
+            trials.append(_Trial(Run(x, False), _output(whole, x), "" if batch == 2 else "batch"))
         except Exception as e:  # any network may raise anything
-            raise TraceError(f"{_class(module)} must take a batch of {batch} like the example, of shape "
-                             f"{tuple(x.shape)}; it raised {_first_line(e)}.") from e
+            raise TraceError(
+                f"{_class(module)} must take a batch of {batch} like the example, of shape "
+                f"{tuple(x.shape)}; it raised {_first_line(e)}."
+            ) from e
     larger = [_like(example, 2, size) for size in _larger(example)]
     for x, train in [*[(x, False) for x in larger], (trials[1].run.x, True)]:
-        varies = "mode" if train else "size"
+        varies: Varies = "mode" if train else "size"
         if varies not in {trial.varies for trial in trials}:
             with suppress(Exception):  # whatever it raises, it does not take this
                 trials.append(_Trial(Run(x, train), _output(whole.train(train), x), varies))
@@ -295,8 +302,15 @@ def _not_alone(
 # ---- naming the cuts --------------------------------------------------------------------------------------------
 
 
+def _one_tensor(nodes: Sequence[str], sights: Mapping[str, Sight]) -> str | None:
+    """The one tensor in the result of a module; sizes and the like beside it do not count."""
+    tensors = [n for n in nodes if sights[n].depends is Depends.CONTENT and isinstance(sights[n].seen[0], Tensor)]
+    return tensors[0] if len(tensors) == 1 else None
+
+
 def _cuts(
     followed: Followed,
+    ends: Mapping[str, str | None],
     module: nn.Module,
     trials: Sequence[_Trial],
     sights: Mapping[str, Sight],
@@ -308,7 +322,7 @@ def _cuts(
     larger = next((i for i, trial in enumerate(trials) if trial.varies == "size"), None)
     layout = layouts(followed.graph, module, sights, base=0, larger=larger)
     refused |= {n.name: "its channels are not on a usual axis" for n in found if layout[n.name] is None}
-    paths = _paths(followed, module)
+    paths = _paths(ends, module)
     drafts = [
         Draft(n, sights[n.name].place, paths.get(n.name, ()), _seen(sights, n)[0].shape[1:])
         for n in found
@@ -318,7 +332,7 @@ def _cuts(
     shown = choose(drafts, nodes=list(followed.graph.nodes), module=module, scopes=content, joins=joins)
     return tuple(
         Cut(
-            name=draft.paths[0] if draft.paths else _unique(_label(draft.node, followed.scopes), followed.ends),
+            name=draft.paths[0] if draft.paths else _unique(_label(draft.node, followed.scopes), ends),
             aliases=draft.paths[1:],
             depth=depth,
             node=draft.node.name,
@@ -332,10 +346,10 @@ def _cuts(
     )
 
 
-def _paths(followed: Followed, module: nn.Module) -> dict[str, tuple[str, ...]]:
-    """For each node the modules that end there, the outermost first; one that does nothing names only as a last resort."""
+def _paths(ends: Mapping[str, str | None], module: nn.Module) -> dict[str, tuple[str, ...]]:
+    """For each node the modules that end there, the outermost first and those that do nothing last."""
     found: dict[str, list[str]] = {}
-    for path, node in followed.ends.items():
+    for path, node in ends.items():
         if node is not None:
             found.setdefault(node, []).insert(0, path)
 
@@ -366,8 +380,11 @@ def _prefix(module: nn.Module, trials: Sequence[_Trial], seen: Sequence[Tensor])
     if trials[0].run.x.ndim != 4:
         return 0
     stated = getattr(module, "num_prefix_tokens", 0)
-    sizes = [(t.shape[1], (trial.run.x.shape[2], trial.run.x.shape[3]))
-             for t, trial in zip(seen, trials, strict=True) if not trial.run.train]
+    sizes = [
+        (t.shape[1], (trial.run.x.shape[2], trial.run.x.shape[3]))
+        for t, trial in zip(seen, trials, strict=True)
+        if not trial.run.train
+    ]
     return prefix_tokens(sizes, stated if isinstance(stated, int) else 0)
 
 

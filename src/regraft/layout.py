@@ -135,7 +135,8 @@ def _by_operation(
     if axis is not None or source is None:
         return axis
     before, axis = sights[source.name].seen[base], axes[source.name]
-    assert isinstance(before, Tensor) and axis is not None
+    assert isinstance(before, Tensor)
+    assert axis is not None
     return _moved(node, axis, before.shape, now.shape)
 
 

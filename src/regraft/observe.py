@@ -139,7 +139,7 @@ def _dependence(graph: fx.Graph, seen: Mapping[str, object]) -> dict[str, Depend
         if node.op == "placeholder":
             depends[node.name] = Depends.CONTENT
         elif _reads_size(node) and not _tensors(seen[node.name]):
-            depends[node.name] = max((min(depends[m.name], Depends.SIZES) for m in node.all_input_nodes))
+            depends[node.name] = max(min(depends[m.name], Depends.SIZES) for m in node.all_input_nodes)
         else:
             depends[node.name] = max((depends[m.name] for m in node.all_input_nodes), default=Depends.NOTHING)
     return depends

@@ -7,6 +7,9 @@ if it was equal to one of its axes, or always the same, in every observed run; o
     size alive across the cut ---- equals h.shape[i] in all runs ----> h.size(i)
                               `--- the same number in all runs ------> that number
                               `--- made of sizes that can be had ----> computed again
+                              `--- the same for pictures of one size -> that number, for that size only
+
+The last way is for networks that carry height and width beside their tokens: 196 tokens may be 14 x 14 or 7 x 28.
 
 Knows graphs and what was observed of them, not how a part of a network is put together.
 """
@@ -52,11 +55,18 @@ class Same:
 
 
 @dataclass(frozen=True)
+class Fixed:
+    """A value that never changed for pictures of the size of the example; the cut then holds for that size alone."""
+
+    value: object
+
+
+@dataclass(frozen=True)
 class Again:
     """The same operation once more, on arguments that can be had above the cut."""
 
 
-Recipe = Axis | Trait | Sizes | Same | Again
+Recipe = Axis | Trait | Sizes | Same | Fixed | Again
 
 
 def recipes(nodes: Sequence[fx.Node], sights: Mapping[str, Sight], cut: fx.Node) -> dict[str, Recipe] | None:
@@ -104,18 +114,27 @@ def _recipe(
             return read
     if all(_to_be_had(value, sights, cut, found) for value in node.all_input_nodes):
         return Again()
-    return _read_off(sights[node.name].seen, sights[cut.name].seen)
+    return _read_off(sights[node.name].seen, sights[cut.name].seen, _one_size(node.graph, sights))
 
 
-def _read_off(seen: Sequence[object], h: Sequence[object]) -> Recipe | None:
-    """How values seen in several runs follow from the tensor at the cut in the same runs."""
+def _one_size(graph: fx.Graph, sights: Mapping[str, Sight]) -> tuple[int, ...]:
+    """Indices of the runs on pictures of the size of the first one."""
+    x = [t for t in sights[next(iter(graph.nodes)).name].seen if isinstance(t, Tensor)]
+    return tuple(i for i, t in enumerate(x) if t.shape[1:] == x[0].shape[1:])
+
+
+def _read_off(seen: Sequence[object], h: Sequence[object], one_size: Sequence[int] = ()) -> Recipe | None:
+    """How values seen in several runs follow from the tensor at the cut in the same runs.
+
+    `one_size` names runs in which agreement is enough if there is no other way.
+    """
     tensors = [t for t in h if isinstance(t, Tensor)]
     if isinstance(seen[0], torch.dtype) and all(v == t.dtype for v, t in zip(seen, tensors, strict=True)):
         return Trait("dtype")
     if isinstance(seen[0], torch.device) and all(v == t.device for v, t in zip(seen, tensors, strict=True)):
         return Trait("device")
     if isinstance(seen[0], tuple):
-        return _read_off_each(seen, h)
+        return _read_off_each(seen, h, one_size)
     if isinstance(seen[0], (Tensor, type)):
         return None
     if all(v == seen[0] for v in seen):
@@ -123,14 +142,16 @@ def _read_off(seen: Sequence[object], h: Sequence[object]) -> Recipe | None:
     for axis in range(min(len(t.shape) for t in tensors)):
         if all(v == t.shape[axis] for v, t in zip(seen, tensors, strict=True)):
             return Axis(axis)
+    if one_size and all(seen[i] == seen[0] for i in one_size):
+        return Fixed(seen[0])
     return None
 
 
-def _read_off_each(seen: Sequence[object], h: Sequence[object]) -> Recipe | None:
+def _read_off_each(seen: Sequence[object], h: Sequence[object], one_size: Sequence[int]) -> Recipe | None:
     rows = [v for v in seen if isinstance(v, tuple)]
     if len({len(row) for row in rows}) != 1 or len(rows) != len(seen):
         return None
-    parts = [_read_off(column, h) for column in zip(*rows, strict=True)]
+    parts = [_read_off(column, h, one_size) for column in zip(*rows, strict=True)]
     if any(part is None for part in parts):
         return None
     return Sizes(tuple(p for p in parts if p is not None), isinstance(seen[0], torch.Size))

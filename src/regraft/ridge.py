@@ -12,6 +12,7 @@ Knows tensors and blocks of rows; nothing of cuts, files or labels' names.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -76,8 +77,7 @@ def cross_validate(rows: Rows, standard: Standard, targets: torch.Tensor, folds:
 
     targets: float32 (n, classes), one-hot; folds: int64 (repeats, n).
     """
-    dim = len(standard.centre) + 1
-    if len(targets) <= min(DUAL_ROWS, 2 * dim):
+    if _dual_is_cheaper(len(targets), len(standard.centre) + 1, len(folds) * int(folds.max() + 1)):
         solve = _dual(_all(rows, standard), targets, folds)
     else:
         solve = _primal(rows, standard, targets, folds)
@@ -106,6 +106,13 @@ def fit(rows: Rows, standard: Standard, targets: torch.Tensor, strength: float) 
     weight = solution[:-1].T * standard.scale
     bias = solution[-1] - weight @ standard.centre.double()
     return weight.float().contiguous(), bias.float()
+
+
+def _dual_is_cheaper(n: int, dim: int, solves: int) -> bool:
+    """Multiplications of the two ways for about three strengths: one n x n inverse, or one dim x dim solve a fold."""
+    dual = n * n * dim + 3 * n**3
+    primal = n * dim * dim * 3 + 3 * solves * dim**3 / 6
+    return n <= DUAL_ROWS and dual <= primal
 
 
 def _walk(solve: Callable[[float], torch.Tensor], targets: torch.Tensor, start: int) -> Path:
@@ -151,11 +158,9 @@ def _primal(
     rows: Rows, standard: Standard, targets: torch.Tensor, folds: torch.Tensor
 ) -> Callable[[float], torch.Tensor]:
     dim, classes = len(standard.centre) + 1, targets.shape[1]
-    kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
+    @functools.cache  # with many rows there is one repeat, and 5 squares of up to 4,097 x 4,097 are held
     def sums(r: int) -> tuple[torch.Tensor, torch.Tensor]:
-        if r in kept:
-            return kept[r]
         k = int(folds[r].max()) + 1
         squares, products = torch.zeros(k, dim, dim), torch.zeros(k, dim, classes)
         for x, at in _blocks(rows, standard):
@@ -164,9 +169,7 @@ def _primal(
                 xf = x[inside]
                 squares[f].addmm_(xf.T, xf)
                 products[f].addmm_(xf.T, targets[at + inside])
-        kept.clear()  # one repeat at a time: k squares of up to 4,097 x 4,097 are held
-        kept[r] = squares, products
-        return kept[r]
+        return squares, products
 
     def solve_repeat(r: int, strength: float, out: torch.Tensor) -> None:
         squares, products = sums(r)

@@ -112,10 +112,7 @@ def _spread(chosen: set[int], pool: Collection[int], most: int) -> set[int]:
     """`chosen` and more of `pool`, up to `most`, each as far as possible from those already there."""
     chosen, left = set(chosen), set(pool) - set(chosen)
     while left and len(chosen) < most:
-        if chosen:
-            best = max(left, key=lambda p: (min(abs(p - c) for c in chosen), p))
-        else:
-            best = max(left)
+        best = max(left, key=lambda p: (min((abs(p - c) for c in chosen), default=0), p))
         chosen.add(best)
         left.discard(best)
     return chosen
@@ -142,8 +139,12 @@ def _is_pointwise(node: fx.Node, module: nn.Module) -> bool:
         home = type(layer).__module__.rsplit(".", 1)[-1]
         norm = isinstance(layer, (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm))
         return norm or home.startswith("activation")
-    return node.op == "call_function" and getattr(node.target, "__module__", "") == "torch.nn.functional" and (
-        getattr(node.target, "__name__", "") in ("relu", "gelu", "silu", "hardswish", "leaky_relu", "elu", "relu6")
+    return (
+        node.op == "call_function"
+        and getattr(node.target, "__module__", "") == "torch.nn.functional"
+        and (
+            getattr(node.target, "__name__", "") in ("relu", "gelu", "silu", "hardswish", "leaky_relu", "elu", "relu6")
+        )
     )
 
 

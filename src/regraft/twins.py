@@ -68,7 +68,7 @@ def _twin(module: nn.Module, known: dict[int, nn.Module]) -> nn.Module:
         return known[id(module)]
     double = known[id(module)] = module.__class__.__new__(module.__class__)
     double.__dict__.update(
-        {key: value.copy() if key.endswith("_hooks") else value for key, value in module.__dict__.items()}
+        {key: value.copy() if "_hooks" in key else value for key, value in module.__dict__.items()}
     )
     for key, value in module.__dict__.items():
         if isinstance(value, MethodType) and value.__self__ is module:  # a `forward` replaced on the instance

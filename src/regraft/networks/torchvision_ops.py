@@ -38,7 +38,7 @@ def _compiled_half_loads() -> bool:
     if library is None or library.origin is None:
         return False
     try:
-        torch.ops.load_library(library.origin)
+        torch.ops.load_library(library.origin)  # type: ignore[no-untyped-call]
     except OSError:
         return False
     return True

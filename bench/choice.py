@@ -1,0 +1,148 @@
+"""Is the choice of the cut sound, and does the stated interval hold? Many small draws, judged on test features.
+
+    python bench/choice.py DATA_FOLDER [--draws 50] [--sizes 100,300] [--sets fashion,mnist10k,silhouettes,emoji]
+    python bench/choice.py DATA_FOLDER --verdicts
+
+For each draw of n training pictures: the rule chooses; its stated 95 % interval is held against the accuracy of the
+chosen head on all test pictures; regret is the best trial's test accuracy less the chosen one's. `always deepest`
+is the regret of taking the last cut without looking. Two rules are compared on the same draws: least log-loss among
+the equals of the best mean (ours) and the best mean alone. --verdicts shuffles the pixels of fashion and digits by one
+fixed permutation (transfer must not help) and runs photos (it must).
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from regraft.backbone import load_backbone
+from regraft.data import Dataset, from_arrays, load_data, read, subset
+from regraft.features import FeatureTable, extract
+from regraft.heads import INPUT
+from regraft.probe import Bench, Task, Trial, all_grey, fit_head
+from regraft.recipe import curve, faithful_numerics
+from regraft.search import choose, run_trials
+from regraft.splits import fold_assignments, together
+from regraft.store import open_store
+
+GROUPS = {"emoji": r"([^/]+)-[^-]+$"}
+RESULTS = Path(__file__).parent / "RESULTS.md"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--draws", type=int, default=50)
+    parser.add_argument("--sizes", default="100,300")
+    parser.add_argument("--sets", default="fashion,mnist10k,silhouettes,emoji")
+    parser.add_argument("--verdicts", action="store_true")
+    options = parser.parse_args()
+    lines = [f"\n## Choice, {datetime.date.today()}\n"]
+    if options.verdicts:
+        lines += verdicts(options.data)
+    else:
+        lines += draws(options.data, options.sets.split(","), [int(n) for n in options.sizes.split(",")], options.draws)
+    print("\n".join(lines))
+    with RESULTS.open("a") as f:
+        f.write("\n".join(lines) + "\n")
+
+
+def draws(data: Path, sets: list[str], sizes: list[int], count: int) -> list[str]:
+    """One row per set and size, and their mean."""
+    out = [
+        "| set | pictures | covered | stated | test | regret | regret, best mean | always deepest |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    backbone = load_backbone()
+    cuts = [(cut.name, cut.depth) for cut in backbone.shown]
+    everything: list[tuple[float, ...]] = []
+    for name in sets:
+        dataset = load_data(data / name, group=GROUPS.get(name))
+        numerics, _ = faithful_numerics(backbone, "auto")
+        names = [cut for cut, _ in cuts]
+        train, test = (
+            extract(subset(dataset, split), backbone, names, open_store(), numerics) for split in ("train", "test")
+        )
+        for n in sizes:
+            rows = [draw(train, test, cuts, len(dataset.labels), n, seed) for seed in range(count)]
+            everything += rows
+            out.append(f"| {name} | {n} | " + " | ".join(_cells(rows)) + " |")
+            print(out[-1], flush=True)
+    out.append("| all | | " + " | ".join(_cells(everything)) + " |")
+    return out
+
+
+def draw(
+    train: FeatureTable, test: FeatureTable, cuts: list[tuple[str, int]], classes: int, n: int, seed: int
+) -> tuple[float, ...]:
+    """covered, stated, test, regret of our rule, regret of the best mean, regret of the deepest cut."""
+    labels = np.array([e.label for e in train.examples])
+    chosen = stratified(labels, n, np.random.default_rng(seed))
+    bench = Bench(train, chosen, all_grey(train, chosen))
+    groups = together([train.pixels[i] for i in chosen], [train.examples[i].group for i in chosen])
+    task = Task(labels[chosen], groups, fold_assignments(labels[chosen], groups, seed=seed), classes)
+    trials = run_trials(bench, task, cuts)
+    choice = choose(trials, task)
+    truth = torch.tensor([e.label for e in test.examples])
+    found = {t.name: test_accuracy(t, bench, task, test, truth) for t in trials}
+    best = max(found.values())
+    top = max((t for t in trials if t.name != INPUT), key=lambda t: t.hits.mean())
+    ours, mean, deepest = found[choice.trial.name], found[top.name], found[cuts[-1][0]]
+    covered = choice.score.low <= ours <= choice.score.high
+    return float(covered), choice.score.score, ours, best - ours, best - mean, best - deepest
+
+
+def test_accuracy(trial: Trial, bench: Bench, task: Task, test: FeatureTable, truth: torch.Tensor) -> float:
+    """Accuracy on the test features of the head fitted on the draw."""
+    head = fit_head(bench, task, trial)
+    rows = Bench(test, np.arange(len(test.ids)), bench.grey).rows(trial.views)
+    said = torch.cat([(torch.from_numpy(x.astype(np.float32)) @ head.weight.T + head.bias).argmax(1) for x in rows()])
+    return float((said == truth).float().mean())
+
+
+def stratified(labels: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:
+    """n indices with about the same share of each class as in labels, at least 2 of each."""
+    order = rng.permutation(len(labels))
+    classes = np.unique(labels)
+    first = np.concatenate([order[labels[order] == c][:2] for c in classes])
+    rest = order[~np.isin(order, first)][: n - len(first)]
+    return np.sort(np.concatenate([first, rest]))
+
+
+def verdicts(data: Path) -> list[str]:
+    """Two tasks where transfer cannot help, and one where it must."""
+    out = ["| task | transfer helps | chosen | gain of the best cut over the input, points |", "|---|---|---|---|"]
+    tasks: list[tuple[str, Dataset]] = [
+        ("fashion, pixels shuffled", shuffled(load_data(data / "fashion"), 28)),
+        ("digits, pixels shuffled", shuffled(load_data(data / "digits"), 16)),
+        ("photos", load_data(data / "photos")),
+    ]
+    for name, dataset in tasks:
+        choice = curve(dataset).choice
+        gain = f"{100 * choice.gain.score:+.1f} ({100 * choice.gain.low:+.1f} to {100 * choice.gain.high:+.1f})"
+        out.append(f"| {name} | {'yes' if choice.helps else 'no'} | {choice.trial.name} | {gain} |")
+        print(out[-1], flush=True)
+    return out
+
+
+def shuffled(dataset: Dataset, side: int) -> Dataset:
+    """The training pictures with their pixels in one fixed random order."""
+    order = np.random.default_rng(0).permutation(side * side)
+    examples = subset(dataset, "train").examples
+    images = [read(e).decode().pixels[..., :1].reshape(-1)[order].reshape(side, side) for e in examples]
+    made = from_arrays(images, [dataset.labels[e.label] for e in examples])
+    return replace(made, source=f"{dataset.source}, pixels shuffled")
+
+
+def _cells(rows: list[tuple[float, ...]]) -> list[str]:
+    mean = np.mean(rows, axis=0)
+    return [f"{100 * mean[0]:.0f} %", f"{mean[1]:.3f}", f"{mean[2]:.3f}", *(f"{100 * m:.2f}" for m in mean[3:])]
+
+
+if __name__ == "__main__":
+    main()
