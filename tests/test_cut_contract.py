@@ -50,27 +50,20 @@ CASES = (
     Case("mobilenetv2_100", DROP, blocks=17),
     Case("mobilenetv3_small_100", DROP, blocks=11),
     Case("ghostnet_100", {"drop_rate": 0.5}, blocks=16),
-    Case("rexnet_100", DROP, blocks=16),
-    Case("xception41", DROP, blocks=14),
-    Case("cspresnet50", DROP),
-    Case("dla34", {"drop_rate": 0.5}),
     Case("vgg11_bn", {"drop_rate": 0.5, "mlp_ratio": 0.01}, other=None),
     Case("repvgg_a0", {"drop_rate": 0.5}, blocks=22),
-    Case("fastvit_t8", DROP, blocks=12),
     Case("convnext_atto", DROP, blocks=12),
     Case("convnextv2_atto", DROP, blocks=12),
     Case("poolformer_s12", DROP, blocks=12),
     Case("edgenext_xx_small", DROP, blocks=12),
-    Case("mobilevit_xxs", DROP),
     Case("vit_tiny_patch16_224", {**DROP, "img_size": 64}, other=None, blocks=12),
     Case("deit_tiny_distilled_patch16_224", {**DROP, "img_size": 64}, other=None, blocks=12),
     Case("vit_small_patch14_reg4_dinov2", {**DROP, "img_size": 56, "depth": 4}, size=56, other=None, blocks=4),
-    Case("cait_xxs24_224", {**DROP, "img_size": 64, "depth": 4}, other=None, blocks=6),
+    Case("cait_xxs24_224", {**DROP, "img_size": 64, "depth": 4}, other=None, blocks=4),
     Case("eva02_tiny_patch14_224", {**DROP, "img_size": 56, "depth": 4}, size=56, other=None, blocks=4),
     Case("swin_tiny_patch4_window7_224", {**DROP, "img_size": 64, "window_size": 4}, other=None, blocks=12),
     Case("coatnet_pico_rw_224", {**DROP, "img_size": 64}, other=None, blocks=12),
     Case("mixer_s32_224", {**DROP, "img_size": 64}, other=None, blocks=8),
-    Case("gmlp_ti16_224", {**DROP, "img_size": 64, "num_blocks": 6}, other=None, blocks=6),
     Case("pit_ti_224", {**DROP, "img_size": 64}, other=None, blocks=12),
     Case("pvt_v2_b0", DROP, blocks=8, one_size=True),
     Case("torchvision/resnet18", blocks=8),
@@ -79,6 +72,13 @@ CASES = (
     Case("skip", size=8, other=16),
 )
 MORE = (
+    Case("xception41", DROP, blocks=14),
+    Case("cspresnet50", DROP),
+    Case("dla34", {"drop_rate": 0.5}),
+    Case("mobilevit_xxs", DROP),
+    Case("gmlp_ti16_224", {**DROP, "img_size": 64}, other=None, blocks=30),
+    Case("rexnet_100", DROP, blocks=16),
+    Case("fastvit_t8", DROP, blocks=12),
     Case("maxvit_rmlp_pico_rw_256", {**DROP, "img_size": 64}, other=None, blocks=8),
     Case("hrnet_w18_small", {"drop_rate": 0.5}),
     Case("levit_128s", {"drop_rate": 0.5}, size=224, other=None, blocks=9),
@@ -102,8 +102,8 @@ class Skip(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = F.dropout(self.first(x), 0.5, self.training)
         x = x + self.norm(self.second(x))
-        x = self.act(x)
         x += 1
+        x = self.act(x)
         return self.head(F.dropout(x.mean((2, 3)), 0.5, training=self.training))
 
 
@@ -111,7 +111,12 @@ class Skip(nn.Module):
 def traced(case: Case) -> Trace:
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    return trace(build(case), torch.zeros(1, 3, case.size, case.size))
+    module = build(case)
+    with torch.no_grad():
+        for p in module.parameters():
+            if bool((p == p.flatten()[0]).all()):  # a layer that starts at 0 would hide all below it
+                p.add_(torch.randn_like(p), alpha=0.1)
+    return trace(module, torch.zeros(1, 3, case.size, case.size))
 
 
 def build(case: Case) -> nn.Module:
@@ -135,9 +140,9 @@ def build(case: Case) -> nn.Module:
 
 
 def some(cuts: tuple[Cut, ...], n: int) -> list[Cut]:
-    """About n cuts, spread over the depth, some shown and some not."""
+    """About n shown cuts, spread over the depth, and one that is not shown."""
     shown, others = [c for c in cuts if c.shown], [c for c in cuts if not c.shown]
-    return [*shown[:: max(1, len(shown) // n)][:n], *others[len(others) // 2 :][:1]]
+    return [*shown[len(shown) // (2 * n) :: max(1, len(shown) // n)][:n], *others[len(others) // 2 :][:1]]
 
 
 def pictures(case: Case, batch: int, size: int | None = None) -> torch.Tensor:
@@ -147,7 +152,7 @@ def pictures(case: Case, batch: int, size: int | None = None) -> torch.Tensor:
 
 @every_network
 def test_lower_and_upper_give_what_the_network_gives(case: Case) -> None:
-    check_evaluation(case, traced(case), some(traced(case).cuts, 3))
+    check_evaluation(case, traced(case), some(traced(case).cuts, 2))
 
 
 @every_network
@@ -190,7 +195,8 @@ def check_evaluation(case: Case, network: Trace, cuts: list[Cut]) -> None:
                 assert torch.equal(value, h), cut.name
                 assert torch.equal(upper(h), y), cut.name
                 assert torch.equal(value, h), cut.name
-                assert torch.equal(upper(h), y), cut.name
+                if batch == 1:
+                    assert torch.equal(upper(h), y), cut.name
 
 
 def check_training(case: Case, network: Trace, cuts: list[Cut]) -> None:
@@ -257,16 +263,22 @@ def check_counts(case: Case, network: Trace) -> None:
     assert len(set(names)) == len(names)
     assert [cut.depth for cut in network.cuts] == list(range(1, len(network.cuts) + 1))
     assert len(blocks) >= case.blocks
-    assert min(10, len([c for c in network.cuts if c.aliases or "drop" not in c.name])) <= len(shown) <= 25
+    assert min(10, len([c for c in network.cuts if not is_dropout(network.module, c.name)])) <= len(shown) <= 25
     if len(blocks) <= 20:
         assert all(cut.shown for cut in blocks)
 
 
 def is_block(module: nn.Module, path: str) -> bool:
     """A block by the names that the authors of these networks gave."""
-    try:
-        kind = type(module.get_submodule(path)).__name__
-    except AttributeError:
-        return False
-    parts = ("Block", "Bottleneck", "InvertedResidual", "DepthwiseSeparableConv", "Inception", "LinearBottleneck")
-    return any(part in kind for part in parts) and "Bn" not in kind
+    kind = class_name(module, path)
+    parts = ("Block", "Bottleneck", "InvertedResidual", "DepthwiseSeparableConv", "Inception", "XceptionModule")
+    return any(part in kind for part in parts)
+
+
+def is_dropout(module: nn.Module, path: str) -> bool:
+    return "Drop" in class_name(module, path)
+
+
+def class_name(module: nn.Module, path: str) -> str:
+    modules = dict(module.named_modules())
+    return type(modules[path]).__name__ if path in modules else ""
