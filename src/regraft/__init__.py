@@ -13,8 +13,7 @@ from regraft.__version__ import __version__
 
 if TYPE_CHECKING:
     from regraft.artifact import Prediction, TransferModel, load_model
-    from regraft.backbone import Backbone, load_backbone
-    from regraft.cut import cut_at
+    from regraft.backbone import Backbone, cut_at, load_backbone
     from regraft.data import Dataset, load_data
     from regraft.errors import RegraftError
     from regraft.params import freeze, parameter_groups
@@ -29,7 +28,7 @@ _HOME = {
     "Run": "recipe",
     "TransferModel": "artifact",
     "curve": "recipe",
-    "cut_at": "cut",
+    "cut_at": "backbone",
     "evaluate": "recipe",
     "fit": "recipe",
     "freeze": "params",
@@ -58,6 +57,10 @@ __all__ = [
     "load_model",
     "parameter_groups",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__
 
 
 def __getattr__(name: str) -> Any:

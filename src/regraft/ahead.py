@@ -9,7 +9,8 @@ from typing import TypeVar
 
 AHEAD = 32
 
-T, U = TypeVar("T"), TypeVar("U")
+T = TypeVar("T")
+U = TypeVar("U")
 
 
 def in_order(pool: ThreadPoolExecutor, function: Callable[[T], U], items: Iterable[T]) -> Iterator[tuple[T, U]]:

@@ -18,21 +18,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import safetensors
 import safetensors.torch
 import torch
+from PIL import Image
 from torch import nn
 
 from regraft.__version__ import __version__
 from regraft.ahead import in_order
 from regraft.backbone import Backbone, Source, load_backbone, rebuild
 from regraft.cut import lower_at
+from regraft.data import Example, Raw, open_picture, pixel_digest, read
 from regraft.errors import ArtifactError, PictureError
 from regraft.files import digest_json, write_atomic
 from regraft.frozen import FrozenLower, freeze_lower, run_frozen
 from regraft.heads import INPUT, Head, View
 from regraft.numerics import Numerics, pick_numerics
-from regraft.pictures import Picture, decode, from_array
 from regraft.preprocess import PreprocessSpec, fit_to_size, plain_spec, spec_from_json
 
 FORMAT = 1
@@ -60,6 +62,27 @@ class Prediction:
 
 
 @dataclass(frozen=True)
+class Answer:
+    """What the model says to one picture, and which picture that was.
+
+    probabilities: float32 (classes,); id: digest of the bytes; pixels: digest of what was decoded, if asked for.
+    """
+
+    probabilities: npt.NDArray[np.float32]
+    id: str
+    pixels: str
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A picture ready for the network, uint8 (C, H, W), and its digests."""
+
+    pixels: torch.Tensor
+    id: str
+    digest: str
+
+
+@dataclass(frozen=True)
 class TransferModel:
     """Reused layers, head, labels and preparation.
 
@@ -82,26 +105,41 @@ class TransferModel:
         """Labels with probabilities for paths, bytes of picture files, uint8 arrays (H, W[, 1, 3, 4]) or PIL images.
 
         Raises PictureError for what is not a picture.
+
+            >>> model.predict(["cat.jpg"])[0].label
+            'cat'
         """
+        if _is_one(inputs):
+            raise PictureError("predict takes a list of pictures, and was given one: write predict([picture]).")
         items = list(inputs)
-        names = [_name(item, i) for i, item in enumerate(items)]
         out = []
-        for name, row in zip(names, self.probabilities(items), strict=True):
-            if isinstance(row, PictureError):
-                raise row
-            order = np.argsort(-row, kind="stable")
-            out.append(Prediction(name, tuple((self.labels[i], float(row[i])) for i in order)))
+        for i, (item, answer) in enumerate(zip(items, self.answers(items), strict=True)):
+            if isinstance(answer, PictureError):
+                raise answer
+            out.append(self.ranked(_name(item, i), answer))
         return out
 
-    def probabilities(self, items: Iterable[Any]) -> Iterator[np.ndarray | PictureError]:
-        """Probabilities float32 (classes,) for each item in turn, or the error that says why there are none."""
-        with ThreadPoolExecutor(DECODERS) as pool:
-            prepared = (outcome for _, outcome in in_order(pool, lambda pair: self._prepare(*pair), enumerate(items)))
-            yield from _batched(self, prepared)
+    def ranked(self, path: str, answer: Answer) -> Prediction:
+        """An answer as labels with their probabilities, most likely first; of equal ones the first label wins."""
+        order = np.argsort(-answer.probabilities, kind="stable")
+        return Prediction(path, tuple((self.labels[i], float(answer.probabilities[i])) for i in order))
 
-    def _prepare(self, i: int, item: Any) -> torch.Tensor | PictureError:
+    def answers(self, items: Iterable[Any], *, marked: bool = False) -> Iterator[Answer | PictureError]:
+        """An answer to each item in turn, or the error that says why there is none; memory stays flat.
+
+        items: as for `predict`, or examples of a data set; marked: say the digest of the pixels too.
+        """
+        with ThreadPoolExecutor(DECODERS) as pool:
+            prepared = in_order(pool, lambda pair: self._prepare(*pair, marked), enumerate(items))
+            yield from _batched(self, (outcome for _, outcome in prepared))
+
+    def _prepare(self, i: int, item: Any, marked: bool) -> _Prepared | PictureError:
         try:
-            return fit_to_size(_picture(item, _name(item, i)).pixels, self.preprocess)
+            raw = _opened(item, i)
+            picture = raw.decode()
+            return _Prepared(
+                fit_to_size(picture.pixels, self.preprocess), raw.id, pixel_digest(picture) if marked else ""
+            )
         except PictureError as e:
             return e
 
@@ -112,15 +150,12 @@ class TransferModel:
         else:
             values = run_frozen(self.frozen, prepared)
             rows = {
-                cut.name: value.reshape(len(prepared), -1)
-                for cut, value in zip(self.frozen.cuts, values, strict=True)
+                cut.name: value.reshape(len(prepared), -1) for cut, value in zip(self.frozen.cuts, values, strict=True)
             }
         return torch.softmax(self.head.logits(rows), 1).numpy()
 
 
-def assemble(
-    backbone: Backbone, head: Head, labels: Sequence[str], numerics: Numerics
-) -> TransferModel:
+def assemble(backbone: Backbone, head: Head, labels: Sequence[str], numerics: Numerics) -> TransferModel:
     """A model from the frozen part of a backbone and a head fitted on its features."""
     if head.cuts == (INPUT,):
         spec = plain_spec(32, 32, 1 if head.views[0].grey else 3)
@@ -130,12 +165,16 @@ def assemble(
 
 
 def save_model(model: TransferModel, backbone: Backbone, folder: Path, facts: dict[str, Any]) -> None:
-    """Write model.safetensors, then model.json, into `folder`; `facts` are kept as the model's provenance."""
+    """Write model.safetensors, then model.json, into `folder`; `facts` are kept as the model's provenance.
+
+    An older model.json goes first, so that a save that is killed midway leaves no model rather than a mixed one.
+    """
     tensors = {"head.weight": model.head.weight, "head.bias": model.head.bias}
     if model.frozen is not None:
         lower = lower_at(backbone.trace, list(model.head.cuts))
-        tensors |= {f"lower.{name}": t.detach().cpu().contiguous().clone() for name, t in lower.state_dict().items()}
-    data = safetensors.torch.save(tensors)
+        tensors |= {f"lower.{name}": tensor for name, tensor in lower.state_dict().items()}
+    data = safetensors.torch.save({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()})
+    (folder / MANIFEST_FILE).unlink(missing_ok=True)
     write_atomic(folder / WEIGHTS_FILE, [data])
     manifest = {
         "format": FORMAT,
@@ -163,8 +202,8 @@ def load_model(
     """
     place = Path(folder)
     manifest = read_manifest(place)
-    data = _read_weights(place, manifest["weights"])
     try:
+        data = _read_weights(place, manifest["weights"])
         tensors = safetensors.torch.load(data)
         numerics = pick_numerics(device, manifest["numerics"]["precision"])
         views = tuple(View(**view) for view in manifest["head"]["views"])
@@ -187,17 +226,18 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST_FILE
     try:
         data = path.read_bytes()
-    except FileNotFoundError as e:
+    except OSError as e:
         raise ArtifactError(
-            f"{folder} must hold a finished model; there is no {MANIFEST_FILE}: run `regraft fit` to the end first."
+            f"{folder} must hold a finished model, and its {MANIFEST_FILE} cannot be read ({e.strerror}): run "
+            "`regraft fit` to the end first."
         ) from e
     try:
         manifest: dict[str, Any] = json.loads(data)
         whole = _render({k: v for k, v in manifest.items() if k != "digest"}) == data
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         whole = False
     if not whole:
-        raise ArtifactError(f"{path} must be as it was written; it was changed or damaged: restore it or fit again.")
+        raise ArtifactError(f"{path} must be as it was written; it was changed or damaged: restore it, or fit anew.")
     if manifest.get("format") != FORMAT:
         raise ArtifactError(
             f"{path} must have format {FORMAT}; found {manifest.get('format')}: use the regraft that wrote it."
@@ -230,46 +270,51 @@ def _rebuilt(source: Source, spec: PreprocessSpec, module: nn.Module | None) -> 
 
 
 def _load_lower(backbone: Backbone, head: Head, tensors: dict[str, torch.Tensor], place: Path) -> None:
+    """Fill the layers below the deepest cut; every tensor there must be in the file, and no other."""
     lower = lower_at(backbone.trace, list(head.cuts))
-    stored = {name.removeprefix("lower."): tensor for name, tensor in tensors.items()}
-    try:
-        lower.load_state_dict(stored, strict=True)
-    except RuntimeError as e:
+    ours = {name: tuple(tensor.shape) for name, tensor in lower.state_dict().items()}
+    theirs = {name.removeprefix("lower."): tuple(tensor.shape) for name, tensor in tensors.items()}
+    differing = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+    if differing:
+        listed = ", ".join(f"{n} {theirs.get(n, 'absent')} instead of {ours.get(n, 'absent')}" for n in differing[:3])
         raise ArtifactError(
-            f"{place / WEIGHTS_FILE} must fit the layers of {backbone.source.architecture} below {head.cuts[-1]}: {e}"
-        ) from e
+            f"{place / WEIGHTS_FILE} must hold the layers of {backbone.source.architecture} up to {head.cuts[-1]}; "
+            f"{len(differing)} tensors differ ({listed}): give the network that it was fitted on."
+        )
+    lower.load_state_dict({name.removeprefix("lower."): tensor for name, tensor in tensors.items()})
 
 
-def _batched(model: TransferModel, prepared: Iterable[torch.Tensor | PictureError]) -> Iterator[np.ndarray | PictureError]:
-    waiting: list[torch.Tensor | PictureError] = []
+def _batched(model: TransferModel, prepared: Iterable[_Prepared | PictureError]) -> Iterator[Answer | PictureError]:
+    """Answers in the order of what was prepared, computed a full batch at a time."""
+    waiting: list[_Prepared | PictureError] = []
 
-    def results() -> Iterator[np.ndarray | PictureError]:
-        good = [p for p in waiting if isinstance(p, torch.Tensor)]
-        rows = iter(model.run(torch.stack(good)) if good else ())
+    def results() -> Iterator[Answer | PictureError]:
+        good = [p for p in waiting if isinstance(p, _Prepared)]
+        rows = iter(model.run(torch.stack([p.pixels for p in good])) if good else ())
         for p in waiting:
-            yield next(rows) if isinstance(p, torch.Tensor) else p
+            yield Answer(next(rows), p.id, p.digest) if isinstance(p, _Prepared) else p
+        waiting.clear()
 
+    ready = 0
     for item in prepared:
         waiting.append(item)
-        if sum(isinstance(p, torch.Tensor) for p in waiting) == model.numerics.batch:
+        ready += isinstance(item, _Prepared)
+        if ready in (0, model.numerics.batch):
             yield from results()
-            waiting.clear()
+            ready = 0
     yield from results()
 
 
+def _is_one(inputs: Any) -> bool:
+    """Whether this is a picture where a list of pictures was asked for; its letters or rows would be taken for them."""
+    if isinstance(inputs, np.ndarray):
+        return inputs.ndim == 2 or (inputs.ndim == 3 and inputs.shape[2] in (1, 3, 4))
+    return isinstance(inputs, str | bytes | os.PathLike | Image.Image)
+
+
 def _name(item: Any, i: int) -> str:
-    return os.fspath(item) if isinstance(item, str | os.PathLike) else f"inputs[{i}]"
+    return str(os.fspath(item)) if isinstance(item, str | os.PathLike) else f"inputs[{i}]"
 
 
-def _picture(item: Any, where: str) -> Picture:
-    if isinstance(item, str | os.PathLike):
-        try:
-            item = Path(item).read_bytes()
-        except OSError as e:
-            raise PictureError(f"{where!r} cannot be read: {e.strerror or e}.") from e
-    if isinstance(item, bytes | bytearray | memoryview):
-        return decode(bytes(item), where=where)
-    if hasattr(item, "convert") and hasattr(item, "mode"):  # a PIL image
-        keep = item.mode in ("L", "RGB", "RGBA")
-        item = np.asarray(item if keep else item.convert("RGB"))
-    return from_array(np.asarray(item), where=where)
+def _opened(item: Any, i: int) -> Raw:
+    return read(item) if isinstance(item, Example) else open_picture(item, where=_name(item, i))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from regraft.cut import split
 from regraft.errors import BackboneError
 from regraft.files import digest
 from regraft.graph import Cut, Trace, trace
@@ -90,6 +91,17 @@ def load_backbone(
     return _assemble(module, _blank(stated), stated, Source(spec, name, "", pretrained, licence))
 
 
+def cut_at(backbone: Backbone, name: str) -> tuple[nn.Module, nn.Module]:
+    """The part of a backbone below the cut called `name`, and the part above it: `upper(lower(x)) == module(x)`.
+
+    Both hold the parameters of `backbone.module` itself and start in its mode. Raises CutError, which names the
+    nearest cuts, where there is none of that name.
+
+        >>> lower, upper = cut_at(load_backbone(), "blocks.3")
+    """
+    return split(backbone.trace, name)
+
+
 def rebuild(source: Source, preprocess: PreprocessSpec) -> Backbone:
     """The network of a saved model with random weights, for its own to be loaded into.
 
@@ -104,11 +116,19 @@ def rebuild(source: Source, preprocess: PreprocessSpec) -> Backbone:
 
 
 def weights_digest(module: nn.Module, code: str) -> str:
-    """Content hash of every tensor by name, and of what is computed with them."""
+    """Content hash of every parameter and buffer by name, of the plain settings of every layer, and of `code`.
+
+    Buffers that are not saved count as well, and so do settings that a layer does not print.
+    """
     parts: list[bytes | memoryview] = [code.encode()]
-    for name, tensor in sorted(module.state_dict(keep_vars=False).items()):
+    for path, layer in module.named_modules():
+        settings = {
+            k: v for k, v in vars(layer).items() if k != "training" and isinstance(v, bool | int | float | str | tuple)
+        }
+        parts.append(f"{path} {type(layer).__qualname__} {sorted(settings.items())}".encode())
+    for name, tensor in sorted([*module.named_parameters(), *module.named_buffers()]):
         parts.append(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        parts.append(memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+        parts.append(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest(*parts)
 
 
@@ -128,7 +148,7 @@ def _from_module(module: nn.Module, example: torch.Tensor | None, preprocess: Pr
 def _assemble(module: nn.Module, example: torch.Tensor, preprocess: PreprocessSpec, source: Source) -> Backbone:
     traced = trace(module, example)
     weights = weights_digest(module, f"{traced.graph.python_code('self').src}\n{module}")
-    return Backbone(module, traced, preprocess, Source(**{**source.to_json(), "weights": source.weights or weights}))
+    return Backbone(module, traced, preprocess, replace(source, weights=source.weights or weights))
 
 
 def _blank(spec: PreprocessSpec) -> torch.Tensor:

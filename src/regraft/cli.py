@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
-import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from regraft.__version__ import __version__
-from regraft.errors import RegraftError
-
-if TYPE_CHECKING:
-    from regraft.recipe import Say
+from regraft.printable import printable
+from regraft.terminal import guarded, lines_of_stdin, print_json, progress, to_stderr
 
 SPEC_HELP = (
     "default (EfficientNet-Lite0, ImageNet, no download), scratch (the same network with random weights, frozen), "
     "or a timm name such as resnet50.a1_in1k."
 )
-GROUP_HELP = "Regular expression; pictures with the same first bracket, searched in the path inside the class folder, "
-GROUP_HELP += "are never parted."
+GROUP_HELP = (
+    "Regular expression; pictures with the same first bracket, searched in the path inside the class folder, "
+    "are never parted."
+)
+ON_BAD_HELP = "What unreadable pictures mean: exit code 1 after all others are done, or nothing but a line each."
+DEVICES = click.Choice(["auto", "cpu", "cuda"])
+LISTED = 20
+"""Of files that were left out, so many are named on the terminal; the record names all."""
+CONTINUES = "what was computed is kept, and the same command continues"
+UNCHANGED = "nothing was changed"
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -44,25 +45,36 @@ def _debug(context: click.Context, parameter: click.Parameter, value: bool) -> b
     return value
 
 
-def _shared(command: Callable[..., None]) -> Callable[..., None]:
-    """The flags that every command has."""
-    command = click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else.")(command)
-    return click.option(
-        "--debug", is_flag=True, expose_value=False, callback=_debug, help="Show the traceback of an error."
-    )(command)
+def _shared(after_stop: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """What every command has: one-sentence errors, --json, --debug."""
+    debug = {"is_flag": True, "expose_value": False, "callback": _debug, "help": "Show the traceback of an error."}
+
+    def wrap(command: Callable[..., None]) -> Callable[..., None]:
+        command = click.option("--debug", **debug)(guarded(after_stop)(command))  # type: ignore[arg-type]
+        return click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else.")(
+            command
+        )
+
+    return wrap
 
 
 def _learning(command: Callable[..., None]) -> Callable[..., None]:
-    """The flags of the commands that learn."""
+    """The options of the commands that learn."""
     for option in (
-        click.option("--group", metavar="REGEX", help=GROUP_HELP),
-        click.option("--seed", default=0, show_default=True, help="Seed of the folds."),
-        click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True),
-        click.option("--strict", is_flag=True, help="Stop when any picture would have to be left out."),
+        click.option("-v", "--verbose", is_flag=True, help="Name the files that were passed over."),
         click.option("--allow-empty-class", is_flag=True, help="Keep the place of a class folder without pictures."),
+        click.option("--strict", is_flag=True, help="Stop when a picture would be left out, or learned and tested."),
+        click.option("--device", type=DEVICES, default="auto", show_default=True),
+        click.option("--seed", default=0, show_default=True, help="Seed of the folds, and of `scratch`."),
+        click.option("--group", metavar="REGEX", help=GROUP_HELP),
     ):
         command = option(command)
     return command
+
+
+def _on_bad(command: Callable[..., None]) -> Callable[..., None]:
+    choices = click.Choice(["fail", "skip"])
+    return click.option("--on-bad", type=choices, default="fail", show_default=True, help=ON_BAD_HELP)(command)
 
 
 @main.command()
@@ -71,8 +83,8 @@ def _learning(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--backbone", default="default", show_default=True, metavar="SPEC", help=SPEC_HELP)
 @click.option("--test", metavar="DATA", help="Pictures that only the finished model sees.")
 @_learning
-@_shared
-def fit(data: str, out: Path, as_json: bool, **options: Any) -> None:
+@_shared(CONTINUES)
+def fit(data: str, out: Path, verbose: bool, as_json: bool, **options: Any) -> None:
     """Do the whole job: curve, choice, final model, report.
 
     Re-running an interrupted command continues it; a finished run is shown as it is.
@@ -87,14 +99,20 @@ def fit(data: str, out: Path, as_json: bool, **options: Any) -> None:
     """
     from regraft import recipe
 
-    with _errors(f"what was computed is kept; `regraft fit {data} --out {out}` continues"), _progress(as_json) as say:
+    with progress() as say:
         run = recipe.fit(data, out=out, say=say, **options)
+    record = run.record
+    tested = record["test"] or {"left_out": []}
+    _tell_left_out([*record["data"]["left_out"], *tested["left_out"]])
+    _tell_passed_over(record["data"]["ignored"], verbose)
+    _tell_folds(record["data"]["folds"]["folds"])
+    _tell_leaks(record["data"]["leaks"])
     if as_json:
-        _print_json(run.record)
+        print_json(record)
         return
-    _print_curve(run.record["curve"], run.record["data"]["left_out"])
-    if run.record["test"]:
-        click.echo(_tested(run.record["test"]))
+    _print_curve(record["curve"])
+    if record["test"]:
+        click.echo(_judged(record["test"]))
     click.echo(f"report: {run.folder / 'report.html'}")
 
 
@@ -102,8 +120,16 @@ def fit(data: str, out: Path, as_json: bool, **options: Any) -> None:
 @click.argument("data")
 @click.option("--backbone", "backbones", default=["default"], multiple=True, metavar="SPEC", help=SPEC_HELP)
 @_learning
-@_shared
-def curve(data: str, backbones: tuple[str, ...], as_json: bool, **options: Any) -> None:
+@_shared(CONTINUES)
+def curve(
+    data: str,
+    backbones: tuple[str, ...],
+    group: str | None,
+    allow_empty_class: bool,
+    verbose: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
     """Show how many layers to reuse: the score with its interval at every cut.
 
     Give --backbone several times to rank several networks.
@@ -114,28 +140,42 @@ def curve(data: str, backbones: tuple[str, ...], as_json: bool, **options: Any) 
       regraft curve photos/ --backbone default --backbone scratch
     """
     from regraft import recipe
+    from regraft.data import load_data
 
-    with _errors("what was computed is kept; the same command continues"), _progress(as_json) as say:
-        found = [recipe.curve(data, backbone, say=say, **options) for backbone in backbones]
-    documents = [one.to_json() | {"left_out": len(one.problems)} for one in found]
-    documents.sort(key=lambda d: -d["score"])
+    dataset = load_data(data, group=group, allow_empty_class=allow_empty_class)
+    with progress() as say:
+        found = [
+            recipe.curve(dataset, backbone, say=say, allow_empty_class=allow_empty_class, **options)
+            for backbone in backbones
+        ]
+    found.sort(key=lambda one: -one.choice.score.score)
+    left_out = [{"where": item.where, "reason": item.reason} for item in found[0].problems]
+    ignored = [{"where": item.where, "reason": item.reason} for item in dataset.ignored]
+    _tell_left_out(left_out)
+    _tell_passed_over(ignored, verbose)
+    _tell_folds(int(found[0].task.folds.max()) + 1)
+    documents = [one.to_json() for one in found]
     if as_json:
-        ranked = [{"backbone": d["backbone"]["spec"], "score": d["score"], "interval": d["interval"]} for d in documents]
-        _print_json(documents[0] | {"ranking": ranked, "backbones": documents})
+        ranking = [
+            {"backbone": d["backbone"]["spec"], "score": d["score"], "interval": d["interval"]} for d in documents
+        ]
+        rest = {"ranking": ranking, "backbones": documents, "left_out": left_out, "ignored": ignored}
+        print_json(documents[0] | rest)
         return
-    for document, one in zip(documents, sorted(found, key=lambda o: -o.choice.score.score), strict=True):
+    for document in documents:
         if len(documents) > 1:
             click.echo(f"\n{document['backbone']['spec']}")
-        _print_curve(document, [{"where": p.where, "reason": p.reason} for p in one.problems])
+        _print_curve(document)
 
 
 @main.command()
 @click.argument("run", type=click.Path(path_type=Path))
 @click.argument("paths", nargs=-1, required=True)
 @click.option("--top", default=1, show_default=True, type=click.IntRange(1), help="Labels per picture.")
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
-@_shared
-def predict(run: Path, paths: tuple[str, ...], top: int, device: str, as_json: bool) -> None:
+@click.option("--device", type=DEVICES, default="auto", show_default=True)
+@_on_bad
+@_shared(UNCHANGED)
+def predict(run: Path, paths: tuple[str, ...], top: int, device: str, on_bad: str, as_json: bool) -> None:
     """Print labels and probabilities for files, folders, or paths on standard input (-).
 
     \b
@@ -144,15 +184,12 @@ def predict(run: Path, paths: tuple[str, ...], top: int, device: str, as_json: b
       find . -name '*.jpg' | regraft predict run/ -
     """
     from regraft.artifact import load_model
-    from regraft.data import printable
     from regraft.predict import predict_paths
 
-    with _errors("nothing was changed"):
-        model = load_model(run, device=device)
-        listed = [line for path in paths for line in (_lines() if path == "-" else [path])]
-        predictions, left_out = predict_paths(model, listed)
-        if not predictions and left_out:
-            raise RegraftError(left_out[0].reason)
+    model = load_model(run, device=device)
+    listed = [line for path in paths for line in (lines_of_stdin() if path == "-" else [path])]
+    predictions, left_out = predict_paths(model, listed)
+    bad = [{"where": item.where, "reason": item.reason} for item in left_out]
     if as_json:
         rows = [
             {
@@ -163,23 +200,22 @@ def predict(run: Path, paths: tuple[str, ...], top: int, device: str, as_json: b
             }
             for p in predictions
         ]
-        _print_json({"predictions": rows, "left_out": [{"path": i.where, "reason": i.reason} for i in left_out]})
+        print_json({"predictions": rows, "left_out": bad})
     else:
         for p in predictions:
             ranked = "  ".join(f"{printable(label)} {v:.3f}" for label, v in p.ranked[:top])
             click.echo(f"{printable(p.path)}  {ranked}")
-        for item in left_out:
-            click.echo(f"left out: {item.reason}", err=True)
-    if left_out:
-        raise SystemExit(1)
+    _end(bad, on_bad)
 
 
 @main.command()
 @click.argument("run", type=click.Path(path_type=Path))
 @click.argument("data")
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
-@_shared
-def evaluate(run: Path, data: str, device: str, as_json: bool) -> None:
+@click.option("--group", metavar="REGEX", help="As for fit: pictures of one group count together for the interval.")
+@click.option("--device", type=DEVICES, default="auto", show_default=True)
+@_on_bad
+@_shared(UNCHANGED)
+def evaluate(run: Path, data: str, group: str | None, device: str, on_bad: str, as_json: bool) -> None:
     """Judge a saved model: accuracy, per-class table, confusion, calibration.
 
     Uses the test split of DATA if it has one, else all of it.
@@ -190,23 +226,24 @@ def evaluate(run: Path, data: str, device: str, as_json: bool) -> None:
     """
     from regraft import recipe
 
-    with _errors("nothing was changed"), _progress(as_json) as say:
-        document = recipe.evaluate(run, data, device=device, say=say).to_json()
+    with progress() as say:
+        document = recipe.evaluate(run, data, group=group, device=device, say=say).to_json()
     if as_json:
-        _print_json(document)
-        return
-    click.echo(_tested(document))
-    _print_classes(document)
-    for item in document["left_out"]:
-        click.echo(f"left out: {item['reason']}", err=True)
+        print_json(document)
+    else:
+        click.echo(_judged(document))
+        _print_classes(document)
+    _end(document["left_out"], on_bad)
 
 
 @main.command()
 @click.argument("spec", default="default")
 @click.option("--all", "everything", is_flag=True, help="List every cut, not only those shown on a curve.")
-@_shared
+@_shared(UNCHANGED)
 def inspect(spec: str, everything: bool, as_json: bool) -> None:
     """Show a network: parameters, preprocessing, the cuts.
+
+    SPEC is as for fit --backbone.
 
     \b
     Example:
@@ -215,12 +252,13 @@ def inspect(spec: str, everything: bool, as_json: bool) -> None:
     from regraft.backbone import load_backbone
     from regraft.inspect import describe
 
-    with _errors("nothing was changed"):
-        document = describe(load_backbone(spec))
+    document = describe(load_backbone(spec))
     if as_json:
-        _print_json(document)
+        print_json(document)
         return
-    click.echo(f"{document['architecture']}: {document['parameters']:,} parameters, {document['trainable']:,} trainable")
+    click.echo(
+        f"{document['architecture']}: {document['parameters']:,} parameters, {document['trainable']:,} trainable"
+    )
     size = "x".join(map(str, document["preprocess"]["size"]))
     click.echo(f"input {size}, licence of the weights: {document['licence'] or 'not stated'}")
     for cut in document["cuts"]:
@@ -240,7 +278,7 @@ def cache() -> None:
 
 
 @cache.command("list")
-@_shared
+@_shared(UNCHANGED)
 def cache_list(as_json: bool) -> None:
     """List what the store holds.
 
@@ -250,24 +288,30 @@ def cache_list(as_json: bool) -> None:
     """
     from regraft.store import list_entries, open_store
 
-    with _errors("nothing was changed"):
-        store = open_store()
-        entries = list_entries(store)
+    store = open_store()
+    entries = list_entries(store)
     if as_json:
         rows = [
-            {"key": e.digest, "facts": e.facts and dict(e.facts), "pictures": e.pictures, "dim": e.dim, "bytes": e.bytes}
+            {
+                "key": e.digest,
+                "facts": e.facts and dict(e.facts),
+                "pictures": e.pictures,
+                "dim": e.dim,
+                "bytes": e.bytes,
+            }
             for e in entries
         ]
-        _print_json({"root": str(store.root), "entries": rows, "bytes": sum(e.bytes for e in entries)})
+        print_json({"root": str(store.root), "entries": rows, "bytes": sum(e.bytes for e in entries)})
         return
-    click.echo(f"{store.root}: {len(entries)} keys, {sum(e.bytes for e in entries) / 1e6:.1f} MB")
+    click.echo(f"{printable(str(store.root))}: {len(entries)} keys, {sum(e.bytes for e in entries) / 1e6:.1f} MB")
     for e in entries:
-        what = (e.facts or {}).get("cut") or (e.facts or {}).get("kind") or "?"
+        facts = e.facts or {}
+        what = printable(str(facts.get("cut") or facts.get("kind") or "?"))
         click.echo(f"{e.digest[:12]}  {e.pictures:>8} pictures  {e.dim:>5} values  {e.bytes / 1e6:>9.1f} MB  {what}")
 
 
 @cache.command("verify")
-@_shared
+@_shared("what was checked stays as it is")
 def cache_verify(as_json: bool) -> None:
     """Read every record; set damaged ones aside (they are computed again when needed).
 
@@ -277,18 +321,19 @@ def cache_verify(as_json: bool) -> None:
     """
     from regraft.store import open_store, verify
 
-    with _errors("nothing was changed"):
-        found = verify(open_store())
+    found = verify(open_store())
     if as_json:
-        _print_json({"checked": found.checked, "rows": found.rows, "damaged": [str(p) for p in found.damaged]})
+        print_json({"checked": found.checked, "rows": found.rows, "damaged": [str(p) for p in found.damaged]})
     else:
         click.echo(f"{found.checked} files checked, {found.rows} rows sound, {len(found.damaged)} files damaged")
 
 
 @cache.command("prune")
 @click.option("--max-bytes", type=click.IntRange(0), help="Remove the least recently used until this much is left.")
-@click.option("--older-than", type=float, metavar="DAYS", help="Remove what was not used for so many days.")
-@_shared
+@click.option(
+    "--older-than", type=click.FloatRange(0), metavar="DAYS", help="Remove what was not used for so many days."
+)
+@_shared("what was removed is gone, the rest is whole")
 def cache_prune(max_bytes: int | None, older_than: float | None, as_json: bool) -> None:
     """Make room: the least recently used features, and what killed processes left behind.
 
@@ -298,57 +343,55 @@ def cache_prune(max_bytes: int | None, older_than: float | None, as_json: bool) 
     """
     from regraft.store import open_store, prune
 
-    with _errors("nothing else was changed"):
-        gone = prune(open_store(), max_bytes=max_bytes, older_than=None if older_than is None else older_than * 86400)
+    gone = prune(open_store(), max_bytes=max_bytes, older_than=None if older_than is None else older_than * 86400)
     if as_json:
-        _print_json({"keys": list(gone.keys), "temporaries": len(gone.temporaries), "bytes": gone.bytes})
+        print_json({"keys": list(gone.keys), "temporaries": len(gone.temporaries), "bytes": gone.bytes})
     else:
         click.echo(f"removed {len(gone.keys)} keys and {len(gone.temporaries)} leftovers, {gone.bytes / 1e6:.1f} MB")
 
 
-@contextlib.contextmanager
-def _errors(after_interrupt: str) -> Iterator[None]:
-    """One sentence on stderr and exit code 1 for what the user can mend; 130 for Ctrl-C, with what is left."""
-    debug = bool(click.get_current_context().obj)
-    try:
-        yield
-    except RegraftError as e:
-        if debug:
-            raise
-        click.echo(" ".join(str(e).split()), err=True)
-        raise SystemExit(1) from e
-    except KeyboardInterrupt as e:
-        click.echo(f"interrupted: {after_interrupt}", err=True)
-        raise SystemExit(130) from e
+def _tell_left_out(items: Sequence[dict[str, str]]) -> None:
+    if items:
+        to_stderr(f"{len(items)} {'picture was' if len(items) == 1 else 'pictures were'} left out:")
+    for item in items[:LISTED]:
+        to_stderr(f"- {item['where']}: {item['reason']}")
 
 
-@contextlib.contextmanager
-def _progress(as_json: bool) -> Iterator[Say]:
-    """Progress on stderr when it is a terminal (or REGRAFT_PROGRESS=1), one line that is written over."""
-    shown = sys.stderr.isatty() or os.environ.get("REGRAFT_PROGRESS") == "1"
-    last = [0.0]
-
-    def say(what: str, done: int, total: int) -> None:
-        now = time.monotonic()
-        if shown and (done == total or now - last[0] > 0.1):
-            last[0] = now
-            click.echo(f"\r\033[K{what} {done}/{total}", err=True, nl=done == total)
-
-    yield say
+def _tell_passed_over(items: Sequence[dict[str, str]], verbose: bool) -> None:
+    for item in items if verbose else ():
+        to_stderr(f"passed over {item['where']}: {item['reason']}")
 
 
-def _lines() -> list[str]:
-    names = sys.stdin.buffer.read().split(b"\n")
-    return [os.fsdecode(name.rstrip(b"\r")) for name in names if name]
+def _tell_folds(folds: int) -> None:
+    from regraft.splits import FOLDS
+
+    if folds < FOLDS:
+        to_stderr(
+            f"warning: judged with {folds} folds instead of {FOLDS}, for the smallest class has {folds} pictures (or "
+            "groups): expect wide intervals"
+        )
 
 
-def _print_json(value: Any) -> None:
-    click.echo(json.dumps(value, allow_nan=False))
+def _tell_leaks(leaks: Sequence[dict[str, str]]) -> None:
+    if leaks:
+        first = leaks[0]
+        to_stderr(
+            f"warning: {len(leaks)} test pictures were also learned from, so the test score flatters the model; the "
+            f"first is {first['tested']}, with {first['equal']} equal to {first['learned']}"
+        )
 
 
-def _print_curve(document: dict[str, Any], left_out: list[dict[str, str]]) -> None:
-    from regraft.data import printable
+def _end(bad: Sequence[dict[str, str]], on_bad: str) -> None:
+    """Name what could not be read; exit with 1 unless that is to be skipped."""
+    if len(bad) == 1 and on_bad == "fail":
+        to_stderr(bad[0]["reason"])
+    elif bad:
+        _tell_left_out(bad)
+    if bad and on_bad == "fail":
+        raise SystemExit(1)
 
+
+def _print_curve(document: dict[str, Any]) -> None:
     width = max(len(p["name"]) for p in document["cuts"]) + 2
     for point in document["cuts"]:
         bar = "#" * round(40 * point["score"])
@@ -361,13 +404,9 @@ def _print_curve(document: dict[str, Any], left_out: list[dict[str, str]]) -> No
     click.echo(f"reuse up to {document['recommended']}: {document['reason']}")
     low, high = document["interval"]
     click.echo(f"expected accuracy on new pictures: {document['score']:.3f} (95 % interval {low:.3f} to {high:.3f})")
-    if left_out:
-        click.echo(f"{len(left_out)} pictures were left out:", err=True)
-        for item in left_out[:20]:
-            click.echo(f"  {printable(item['where'])}: {item['reason']}", err=True)
 
 
-def _tested(document: dict[str, Any]) -> str:
+def _judged(document: dict[str, Any]) -> str:
     low, high = document["interval"]
     return (
         f"test accuracy {document['accuracy']:.3f} (95 % interval {low:.3f} to {high:.3f}), balanced "
@@ -377,9 +416,8 @@ def _tested(document: dict[str, Any]) -> str:
 
 
 def _print_classes(document: dict[str, Any]) -> None:
-    from regraft.data import printable
-
     for row in document["per_class"]:
         recall = "-" if row["recall"] is None else f"{row['recall']:.3f}"
         precision = "-" if row["precision"] is None else f"{row['precision']:.3f}"
-        click.echo(f"{printable(row['label']):<24} recall {recall:>5}  precision {precision:>5}  {row['support']:>6} pictures")
+        name = printable(row["label"])
+        click.echo(f"{name:<24} recall {recall:>5}  precision {precision:>5}  {row['support']:>6} pictures")

@@ -1,7 +1,7 @@
 """Labelled pictures as they lie: folders of class folders, `.npz` files, arrays.
 
-Finds pictures and their labels without reading a pixel. Reading happens once, in `read`: the bytes that were hashed
-are the bytes that are decoded. Not covered: tables, COCO, VOC, hub data sets.
+Finds pictures and their labels without decoding a pixel. Opening happens once, in `open_picture`: the bytes that were
+hashed are the bytes that are decoded. Not covered: tables, COCO, VOC, hub data sets.
 """
 
 from __future__ import annotations
@@ -9,27 +9,47 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
+from PIL import Image, ImageOps
 
 from regraft.errors import DataError, PictureError
 from regraft.files import digest
-from regraft.pictures import SUFFIXES, Picture, decode, from_array
+from regraft.folders import LeftOut, Split, find_in_folders, listed
+from regraft.pictures import Picture, decode, from_array
+from regraft.printable import printable
 
-Split = Literal["train", "validation", "test"]
-SPLIT_FOLDERS: dict[str, Split] = {
-    "train": "train",
-    "val": "validation",
-    "valid": "validation",
-    "validation": "validation",
-    "test": "test",
-}
-JUNK = {"__MACOSX", "Thumbs.db", "desktop.ini", "Icon\r"}
+__all__ = [
+    "Dataset",
+    "Example",
+    "LeftOut",
+    "Raw",
+    "Split",
+    "from_arrays",
+    "load_data",
+    "open_picture",
+    "pixel_digest",
+    "printable",
+    "read",
+    "subset",
+    "with_groups",
+]
+
 FORMS = "a folder of class folders (with or without train/, val/, test/) or a .npz file with `images` and `labels`"
+OTHER_FORMS = (
+    ({"JPEGImages", "Annotations"}, "a Pascal VOC folder"),
+    ({"dataset_dict.json"}, "a Hugging Face data set"),
+    ({"dataset_info.json", "state.json"}, "a Hugging Face data set"),
+    ({"annotations", "images"}, "a COCO folder"),
+    ({"annotations", "train2017"}, "a COCO folder"),
+)
+"""Names that lie in the root of a folder of another form."""
+PLAIN_MODES = ("L", "RGB", "RGBA")
+DEEP_MODES = ("I", "I;16", "I;16B", "I;16L", "F")
 
 
 @dataclass(frozen=True)
@@ -38,6 +58,7 @@ class Example:
 
     where: its path inside the data set, or `images[17]`; label: index into the data set's labels.
     group: pictures of one group share a split and a fold; empty if each stands alone.
+    inside: its path inside its class folder, which groups are searched in.
     """
 
     where: str
@@ -46,14 +67,7 @@ class Example:
     group: str = ""
     path: Path | None = None
     array: np.ndarray | None = None
-
-
-@dataclass(frozen=True)
-class LeftOut:
-    """A file that was not used, and the reason in one sentence."""
-
-    where: str
-    reason: str
+    inside: str = ""
 
 
 @dataclass(frozen=True)
@@ -68,7 +82,7 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Raw:
-    """What one example holds, read once: its content digest and the means to decode it."""
+    """What one picture holds, read once: its content digest and the means to decode it."""
 
     id: str
     where: str
@@ -76,11 +90,11 @@ class Raw:
     array: np.ndarray | None
 
     def decode(self) -> Picture:
-        """The pixels; raises PictureError naming the example."""
+        """The pixels; raises PictureError naming the picture."""
         if self.data is not None:
-            return decode(self.data, where=self.where)
+            return decode(self.data, where=printable(self.where))
         assert self.array is not None
-        return from_array(self.array, where=self.where)
+        return from_array(self.array, where=printable(self.where))
 
 
 def load_data(
@@ -88,79 +102,105 @@ def load_data(
     *,
     group: str | None = None,
     allow_empty_class: bool = False,
+    to_learn: bool = True,
 ) -> Dataset:
     """Find the labelled pictures of `source`: a folder, a `.npz` file, or a pair (images, labels) of arrays.
 
     group: a regular expression, searched in each path inside its class folder; pictures with the same first bracket
         belong together.
+    to_learn: False for pictures that are only to be judged, of which one class is enough.
     Raises DataError when there is nothing to learn from: no pictures, fewer than two classes, an empty class folder
     (unless `allow_empty_class`), or a form that is not read.
+
+        >>> load_data("photos/", group=r"([^/]+)-[0-9]+").labels
+        ('cat', 'dog')
     """
     if isinstance(source, Dataset):
         found = source
     elif isinstance(source, tuple):
         found = from_arrays(*source)
     else:
-        found = _from_path(Path(source), allow_empty_class)
+        found = _from_path(Path(source))
+    if to_learn:
+        _check_classes(found, allow_empty_class)
     return with_groups(found, group) if group is not None else found
 
 
-def from_arrays(images: Sequence[Any] | np.ndarray, labels: Sequence[Any] | np.ndarray, source: str = "arrays") -> Dataset:
-    """A data set from pictures (n, H, W), (n, H, W, 1, 3 or 4) or a list of such arrays, and n labels.
+def from_arrays(
+    images: Sequence[Any] | np.ndarray, labels: Sequence[Any] | np.ndarray, source: str = "arrays"
+) -> Dataset:
+    """A data set from pictures (n, H, W), (n, H, W, 1, 3 or 4) or a list of arrays or PIL images, and n labels.
 
-    Text labels are ordered by code point, whole numbers by value.
+    Text labels are ordered by code point, whole numbers by value. Raises DataError for other labels.
     """
     if len(images) != len(labels):
         raise DataError(f"images and labels must be equally many; found {len(images)} and {len(labels)} in {source}.")
-    values = [v.item() if isinstance(v, np.generic) else v for v in labels]
-    if not all(isinstance(v, str | int) for v in values):
-        raise DataError(f"Labels must be text or whole numbers; found {type(values[0]).__name__} in {source}.")
+    plain = labels.tolist() if hasattr(labels, "tolist") else labels
+    values = [v.item() if isinstance(v, np.generic) else v for v in plain]
+    kinds = {str if isinstance(v, str) else int if isinstance(v, int) else type(v) for v in values}
+    if len(kinds) > 1 or not kinds <= {str, int}:
+        found = " and ".join(sorted(kind.__name__ for kind in kinds))
+        raise DataError(f"Labels must be all text or all whole numbers; found {found} in {source}.")
     names = sorted(set(values))
     index = {v: i for i, v in enumerate(names)}
     examples = tuple(
-        Example(f"images[{i}]", index[value], "train", array=np.asarray(image))
+        Example(f"images[{i}]", index[value], "train", array=_samples(image), inside=f"images[{i}]")
         for i, (image, value) in enumerate(zip(images, values, strict=True))
     )
-    return _checked(Dataset(source, tuple(str(v) for v in names), examples))
+    return Dataset(source, tuple(str(v) for v in names), examples)
 
 
 def with_groups(dataset: Dataset, pattern: str) -> Dataset:
-    """The same data set, its examples grouped by the first bracket of `pattern`; DataError if that cannot be."""
+    """The same data set, its examples grouped by the first bracket of `pattern`; DataError if that cannot be.
+
+    An example that the pattern does not match stands alone.
+    """
     try:
         compiled = re.compile(pattern)
     except re.error as e:
         raise DataError(f"--group must be a regular expression; {pattern!r} is not one: {e}.") from e
     if compiled.groups < 1:
         raise DataError(f"--group must have a bracket that names the group, as in '([^/]+)-'; found {pattern!r}.")
-    grouped, hits = [], 0
-    for example in dataset.examples:
-        match = compiled.search(_inside_class(example, dataset))
-        hits += match is not None
-        grouped.append(replace(example, group=(match.group(1) or "") if match else ""))
-    if not hits:
-        first = dataset.examples[0].where
-        raise DataError(f"--group must match some path inside a class folder; {pattern!r} matches none, {first!r} say.")
-    return replace(dataset, examples=tuple(grouped))
+    matches = [compiled.search(example.inside) for example in dataset.examples]
+    if dataset.examples and not any(matches):
+        first = printable(dataset.examples[0].inside)
+        raise DataError(f"--group must match some path inside a class folder; {pattern!r} matches none, {first} say.")
+    groups = [(match.group(1) or "") if match else "" for match in matches]
+    return replace(dataset, examples=tuple(replace(e, group=g) for e, g in zip(dataset.examples, groups, strict=True)))
 
 
 def read(example: Example) -> Raw:
-    """Open an example once; raises PictureError when the file cannot be read."""
-    if example.path is None:
-        assert example.array is not None
-        array = np.ascontiguousarray(example.array)
-        header = f"{array.dtype.str}{array.shape}".encode()
-        return Raw(digest(header, memoryview(array.reshape(-1).view(np.uint8))), example.where, None, array)
-    try:
-        data = example.path.read_bytes()
-    except OSError as e:
-        raise PictureError(f"{printable(example.where)} cannot be read: {e.strerror or e}.") from e
-    return Raw(digest(data), example.where, data, None)
+    """Open an example, once; raises PictureError when that cannot be done."""
+    return open_picture(example.path if example.path is not None else example.array, where=example.where)
 
 
-def printable(text: str) -> str:
-    """A path for the terminal: bytes that are not text, and control characters, are escaped."""
-    safe = text.encode("utf-8", "backslashreplace").decode("utf-8")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in safe)
+def open_picture(item: Any, *, where: str) -> Raw:
+    """Open a picture, once: a path, the bytes of a file, an array (H, W[, 1, 3, 4]) or a PIL image.
+
+    Raises PictureError naming `where` for a file that cannot be read.
+    """
+    if isinstance(item, str | os.PathLike):
+        try:
+            item = Path(item).read_bytes()
+        except (OSError, MemoryError, ValueError) as e:  # ValueError: a zero byte in the path
+            reason = getattr(e, "strerror", None) or str(e) or "it does not fit into memory"
+            raise PictureError(f"{printable(where)} cannot be read: {reason}.") from e
+    if isinstance(item, bytes | bytearray | memoryview):
+        data = bytes(item)
+        return Raw(digest(data), where, data, None)
+    array = np.ascontiguousarray(_samples(item))
+    if array.dtype.hasobject:
+        raise PictureError(f"{printable(where)} must be a path, the bytes of a file or an array of numbers.")
+    header = f"{array.dtype.str}{array.shape}".encode()
+    return Raw(digest(header, array.reshape(-1).view(np.uint8).data), where, None, array)
+
+
+def pixel_digest(picture: Picture) -> str:
+    """Content hash of the pixels: equal for equal pictures in unequal files, and for grey kept as RGB."""
+    pixels = picture.pixels
+    if all((some[..., :1] == some).all() for some in (pixels[::64], pixels)):  # most colour shows in the first few
+        pixels = pixels[..., :1]
+    return digest(str(pixels.shape).encode(), np.ascontiguousarray(pixels).reshape(-1).data)
 
 
 def subset(dataset: Dataset, *splits: Split) -> Dataset:
@@ -168,138 +208,75 @@ def subset(dataset: Dataset, *splits: Split) -> Dataset:
     return replace(dataset, examples=tuple(e for e in dataset.examples if e.split in splits))
 
 
-def _from_path(path: Path, allow_empty_class: bool) -> Dataset:
+def _from_path(path: Path) -> Dataset:
     if path.is_dir():
-        return _from_folder(path, allow_empty_class)
-    if path.suffix == ".npz" and path.is_file():
-        return _from_npz(path)
+        return _from_folder(path)
+    place = printable(str(path))
     if not path.exists():
-        raise DataError(f"The data must exist; nothing is at {printable(str(path))}.")
-    raise DataError(f"The data must be {FORMS}; found {printable(path.name)}.")
+        raise DataError(f"The data must exist; nothing is at {place}.")
+    if path.suffix.lower() == ".npz":
+        return _from_npz(path)
+    raise DataError(f"The data must be {FORMS}; found {place}.")
+
+
+def _from_folder(root: Path) -> Dataset:
+    place = printable(str(root))
+    names = {entry.name for entry in listed(root)}
+    for marks, form in OTHER_FORMS:
+        if marks <= names:
+            raise DataError(f"The data must be {FORMS}; {place} looks like {form}.")
+    pictures, labels, passed = find_in_folders(root)
+    if not labels:
+        raise DataError(f"The data must be {FORMS}; {place} has no class folders.")
+    index = {name: i for i, name in enumerate(labels)}
+    examples = tuple(Example(f.where, index[f.class_name], f.split, path=f.path, inside=f.inside) for f in pictures)
+    return Dataset(str(root), tuple(labels), examples, tuple(passed))
 
 
 def _from_npz(path: Path) -> Dataset:
+    place = printable(str(path))
     try:
-        with np.load(path, allow_pickle=False) as stored:
-            missing = {"images", "labels"} - set(stored.files)
-            if missing:
-                raise DataError(f"{path} must hold `images` and `labels`; found {', '.join(stored.files) or 'nothing'}.")
-            return from_arrays(stored["images"], stored["labels"], str(path))
-    except DataError:
-        raise
-    except Exception as e:  # np.load lets ValueError, EOFError, zlib and tokenizer errors through
-        raise DataError(f"{path} must be a .npz file of plain arrays; it cannot be read: {e}.") from e
-
-
-def _from_folder(root: Path, allow_empty_class: bool) -> Dataset:
-    top = sorted(d.name for d in root.iterdir() if d.is_dir() and not _junk(d.name))
-    split_folders = {name: SPLIT_FOLDERS[name] for name in top if name in SPLIT_FOLDERS}
-    if "train" not in split_folders or len(split_folders) != len(top):
-        split_folders = {"": "train"}
-    ignored: list[LeftOut] = []
-    found: list[tuple[str, str, Split, Path]] = []
-    classes: dict[str, set[str]] = {}
-    for folder, split in split_folders.items():
-        base = root / folder
-        for entry in sorted(base.iterdir()):
-            if _junk(entry.name):
-                ignored.append(LeftOut(str(entry.relative_to(root)), "a file of the operating system"))
-            elif not entry.is_dir():
-                ignored.append(LeftOut(str(entry.relative_to(root)), "not inside a class folder"))
-            else:
-                classes.setdefault(entry.name, set()).add(split)
-                pictures, passed = _pictures_below(entry, root)
-                ignored += passed
-                found += [(where, entry.name, split, path) for where, path in pictures]
-    labels = tuple(sorted(classes))
-    index = {name: i for i, name in enumerate(labels)}
-    examples = tuple(Example(where, index[name], split, path=path) for where, name, split, path in found)
-    dataset = Dataset(str(root), labels, examples, tuple(ignored))
-    if not labels and ignored:
-        raise DataError(f"The data must be {FORMS}; {printable(str(root))} has no class folders.")
-    _check_classes(dataset, allow_empty_class)
-    return dataset
-
-
-def _pictures_below(folder: Path, root: Path) -> tuple[list[tuple[str, Path]], list[LeftOut]]:
-    """All pictures below a class folder, each real file once, links followed, loops ended."""
-    pictures: list[tuple[str, Path]] = []
-    passed: list[LeftOut] = []
-    seen: set[tuple[int, int]] = set()
-    for path in _walk(folder, seen):
-        where = str(path.relative_to(root))
-        if _junk(path.name):
-            passed.append(LeftOut(where, "a file of the operating system"))
-        elif path.suffix.lower() not in SUFFIXES:
-            passed.append(LeftOut(where, "its name does not end like a picture's"))
-        else:
-            pictures.append((where, path))
-    return pictures, passed
-
-
-def _walk(folder: Path, seen: set[tuple[int, int]]) -> Iterator[Path]:
-    for entry in sorted(folder.iterdir()):
-        try:
-            status = entry.stat()
-        except OSError:
-            if not _junk(entry.name) and not _loops(entry):
-                yield entry  # reading it will say what is wrong
-            continue
-        inode = (status.st_dev, status.st_ino)
-        if inode in seen:
-            continue
-        if entry.is_dir():
-            if _junk(entry.name) or _above(entry, folder):
-                continue
-            seen.add(inode)
-            yield from _walk(entry, seen)
-        else:
-            seen.add(inode)
-            yield entry
-
-
-def _loops(entry: Path) -> bool:
-    try:
-        entry.stat()
-    except OSError as e:
-        return "symbolic links" in (e.strerror or "")
-    return False
-
-
-def _above(entry: Path, folder: Path) -> bool:
-    real = entry.resolve()
-    return folder.resolve().is_relative_to(real)
-
-
-def _junk(name: str) -> bool:
-    return name.startswith(".") or name in JUNK
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
+            found = {name: stored[name] for name in ("images", "labels") if name in stored.files}
+            names = ", ".join(stored.files) or "nothing"
+    except Exception as e:  # np.load lets the errors of zip, zlib and its own header parser through
+        words = str(e).partition("\n")[0].rstrip(".") or type(e).__name__
+        raise DataError(f"{place} must be a .npz file of plain arrays, and cannot be read: {words}.") from e
+    if len(found) < 2:
+        raise DataError(f"{place} must hold `images` and `labels`; found {names}.")
+    if found["images"].ndim < 3 or found["labels"].ndim != 1:
+        shapes = f"{found['images'].shape} and {found['labels'].shape}"
+        raise DataError(f"`images` must be (n, H, W[, 1, 3, 4]) and `labels` (n,) in {place}; found {shapes}.")
+    return from_arrays(found["images"], found["labels"], place)
 
 
 def _check_classes(dataset: Dataset, allow_empty_class: bool) -> None:
-    counts = Counter((e.label, e.split) for e in dataset.examples)
-    for i, name in enumerate(dataset.labels):
-        of_class = sum(n for (label, _), n in counts.items() if label == i)
-        if of_class == 0 and not allow_empty_class:
+    place = printable(dataset.source)
+    everywhere = Counter(e.label for e in dataset.examples)
+    learned = Counter(e.label for e in dataset.examples if e.split != "test")
+    for i, name in enumerate(map(printable, dataset.labels)):
+        if not everywhere[i] and not allow_empty_class:
             raise DataError(
-                f"Every class folder must hold pictures; {printable(name)!r} in {printable(dataset.source)} holds none: "
-                "remove the folder, or pass --allow-empty-class to keep its place."
+                f"Every class folder must hold pictures; {name!r} in {place} holds none: remove the folder, or pass "
+                "--allow-empty-class to keep its place."
             )
-        if of_class and not counts[i, "train"] and not counts[i, "validation"]:
-            raise DataError(f"Every class must have pictures in train/; {printable(name)!r} has them only in test/.")
-    _checked(dataset)
+        if everywhere[i] and not learned[i]:
+            raise DataError(
+                f"Every class must have pictures to learn from; {name!r} in {place} has them only in test/."
+            )
+    if len(learned) < 2:
+        counts = ", ".join(f"{printable(dataset.labels[i])} ({n})" for i, n in sorted(learned.items())) or "none"
+        raise DataError(f"There must be at least 2 classes with pictures; found in {place}: {counts}.")
 
 
-def _checked(dataset: Dataset) -> Dataset:
-    counts = Counter(e.label for e in dataset.examples)
-    if len(counts) < 2:
-        listed = ", ".join(f"{printable(dataset.labels[i])} ({n})" for i, n in sorted(counts.items())) or "none"
-        raise DataError(f"There must be at least 2 classes with pictures; found in {printable(dataset.source)}: {listed}.")
-    return dataset
-
-
-def _inside_class(example: Example, dataset: Dataset) -> str:
-    if example.path is None:
-        return example.where
-    parts = Path(example.where).parts
-    name = dataset.labels[example.label]
-    return "/".join(parts[parts.index(name) + 1 :])
+def _samples(item: Any) -> np.ndarray:
+    """An array, or the samples of a PIL image as its file would be read: upright, deep samples deep, alpha kept."""
+    if not isinstance(item, Image.Image):
+        return np.asarray(item)
+    image = ImageOps.exif_transpose(item)
+    if image.mode in DEEP_MODES or (image.mode in PLAIN_MODES and "transparency" not in image.info):
+        return np.asarray(image)
+    if image.mode == "1":
+        return np.asarray(image.convert("L"))
+    hidden = "transparency" in image.info or image.mode in ("PA", "LA", "La", "RGBa")
+    return np.asarray(image.convert("RGBA" if hidden else "RGB"))

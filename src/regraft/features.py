@@ -18,7 +18,7 @@ import torch
 
 from regraft.ahead import in_order
 from regraft.backbone import Backbone
-from regraft.data import Dataset, Example, LeftOut, printable, read
+from regraft.data import Dataset, Example, LeftOut, pixel_digest, printable, read
 from regraft.errors import BackboneError, DataError, PictureError, StoreError
 from regraft.files import digest
 from regraft.frozen import FrozenLower, NotFinite, channels_of, freeze_lower, run_frozen
@@ -37,14 +37,15 @@ from regraft.store import (
     write_features,
 )
 
-INPUT_SPEC = plain_spec(32, 32, 3)
+INPUT_SPEC = plain_spec(32, 32, 3, reducing_gap=3.0)
 PIXELS = "pixels"
 PREPARATION = 1
-"""Raised when decoding or resizing changes its answer, so that no older features are taken for these."""
+"""Raised when decoding, resizing, folding or pooling changes its answer, so that no older features pass for these."""
 SHARD_ROWS = 512
 FLUSH_SECONDS = 10.0
 DECODERS = 2
-HELD_BYTES = 1_500_000_000
+HELD_BYTES = 500_000_000
+"""Rows beyond this are read from the store, block by block, whenever they are needed."""
 
 Progress = Callable[[int, int], None]
 
@@ -107,12 +108,14 @@ def extract(
     store: FeatureStore,
     numerics: Numerics,
     progress: Progress = lambda done, total: None,
+    *,
+    allow_empty_class: bool = False,
 ) -> FeatureTable:
     """Features of every example at `cuts`, from the store where they are there, else computed and stored.
 
     Unreadable examples are named in `left_out`. A damaged record is set aside and its pictures computed again.
-    Raises DataError when no picture of some class can be read, BackboneError when a feature is not finite,
-    StoreError when the disk is full (what was stored before stays).
+    Raises DataError when no picture of some class can be read (unless `allow_empty_class`), BackboneError when a
+    feature is not finite, StoreError when the disk is full (what was stored before stays).
     """
     started = time.perf_counter()
     frozen = freeze_lower(backbone.trace, cuts, backbone.preprocess, numerics)
@@ -130,9 +133,12 @@ def extract(
             if not lost:
                 break
         else:
-            raise StoreError(f"The store at {store.root} must keep what is written to it; records vanish again and again.")
+            raise StoreError(
+                f"The store at {store.root} must keep what is written to it; records vanish again and again."
+            )
     examples = tuple(example for example, _ in found)
-    _check_classes(dataset, examples, left_out)
+    if not allow_empty_class or not examples:
+        _check_classes(dataset, examples, left_out)
     pixels = tuple(bytes(row.astype(np.uint8)).hex() for row in held.pop(PIXELS))
     seconds = {"extract": middle - started, "load": time.perf_counter() - middle}
     ids = tuple(i for _, i in found)
@@ -142,12 +148,13 @@ def extract(
 
 
 def feature_keys(frozen: FrozenLower, weights: str) -> dict[str, FeatureKey]:
-    """The store's key of each cut, of `input` and of the pixel digests: all that shaped the features but the picture."""
+    """The store's key of each cut, of `input` and of the pixel digests: all that shaped them except the picture."""
     shared = {"weights": weights, "preprocess": frozen.preprocess.to_json(), "preparation": PREPARATION}
-    keys = {
-        cut.name: FeatureKey({"kind": "grid", "cut": cut.name, "parts": parts, **shared, **frozen.numerics.to_json()})
-        for cut, parts in zip(frozen.cuts, frozen.parts, strict=True)
-    }
+    keys = {}
+    for cut, parts in zip(frozen.cuts, frozen.parts, strict=True):
+        apart = sorted(other.name for other in frozen.apart if other.depth < cut.depth)
+        facts = {"kind": "grid", "cut": cut.name, "parts": parts, "apart": apart}
+        keys[cut.name] = FeatureKey({**facts, **shared, **frozen.numerics.to_json()})
     keys[INPUT] = FeatureKey({"kind": "input", "preprocess": INPUT_SPEC.to_json(), "preparation": PREPARATION})
     keys[PIXELS] = FeatureKey({"kind": "pixels", "preparation": PREPARATION})
     return keys
@@ -161,7 +168,8 @@ def _pass(
     spilled: dict[str, dict[str, np.ndarray]],
     progress: Progress,
 ) -> tuple[list[tuple[Example, str]], list[LeftOut], list[LeftOut], int]:
-    have = frozenset.intersection(*(frozenset(stored_ids(store, key) | spilled[name].keys()) for name, key in keys.items()))
+    stored = {name: stored_ids(store, key).union(spilled[name]) for name, key in keys.items()}
+    have = frozenset.intersection(*stored.values())
     found: list[tuple[Example, str]] = []
     left_out: list[LeftOut] = []
     notes: list[LeftOut] = []
@@ -174,7 +182,7 @@ def _pass(
         computed.update(p.id for p in pending)
         pending.clear()
         if len(buffer.ids) >= SHARD_ROWS or time.monotonic() - buffer.since > FLUSH_SECONDS:
-            _flush(buffer, keys, store, spilled)
+            _flush(buffer, keys, store, stored, spilled)
 
     def prepare(example: Example) -> tuple[str, _Prepared | None] | LeftOut:
         return _prepare(example, have, frozen.preprocess)
@@ -196,7 +204,7 @@ def _pass(
             if pending:
                 compute()
     finally:  # an interrupt keeps what was computed
-        _flush(buffer, keys, store, spilled)
+        _flush(buffer, keys, store, stored, spilled)
     return found, left_out, notes, len(computed)
 
 
@@ -208,9 +216,9 @@ def _prepare(example: Example, have: frozenset[str], spec: PreprocessSpec) -> tu
         picture = raw.decode()
     except PictureError as e:
         return LeftOut(example.where, str(e))
-    pixels = digest(str(picture.pixels.shape).encode(), memoryview(np.ascontiguousarray(picture.pixels)).cast("B"))
     large, small = fit_to_size(picture.pixels, spec), fit_to_size(picture.pixels, INPUT_SPEC)
-    return raw.id, _Prepared(raw.id, example.where, large, small, bytes.fromhex(pixels), picture.notes)
+    pixels = bytes.fromhex(pixel_digest(picture))
+    return raw.id, _Prepared(raw.id, example.where, large, small, pixels, picture.notes)
 
 
 def _run_batch(pending: Sequence[_Prepared], frozen: FrozenLower, buffer: _Buffer) -> None:
@@ -218,8 +226,8 @@ def _run_batch(pending: Sequence[_Prepared], frozen: FrozenLower, buffer: _Buffe
         values = run_frozen(frozen, torch.stack([p.large for p in pending]))
     except NotFinite as e:
         raise BackboneError(
-            f"The features of {printable(pending[e.row].where)} at cut {e.cut} must be finite; the network gives NaN or "
-            "infinity for it: leave the picture out, or choose another backbone."
+            f"The features of {printable(pending[e.row].where)} at cut {e.cut} must be finite; the network gives NaN "
+            "or infinity for it: leave the picture out, or choose another backbone."
         ) from e
     buffer.ids += [p.id for p in pending]
     for cut, value in zip(frozen.cuts, values, strict=True):
@@ -229,17 +237,24 @@ def _run_batch(pending: Sequence[_Prepared], frozen: FrozenLower, buffer: _Buffe
 
 
 def _flush(
-    buffer: _Buffer, keys: dict[str, FeatureKey], store: FeatureStore, spilled: dict[str, dict[str, np.ndarray]]
+    buffer: _Buffer,
+    keys: dict[str, FeatureKey],
+    store: FeatureStore,
+    stored: dict[str, frozenset[str]],
+    spilled: dict[str, dict[str, np.ndarray]],
 ) -> None:
-    if buffer.ids:
-        for name, key in keys.items():
-            rows = np.concatenate(buffer.rows[name])
-            try:
-                write_features(store, key, buffer.ids, rows)
-            except StoreReadOnlyError as e:
-                if not any(spilled.values()):
-                    warnings.warn(f"{e} Features are kept in memory and lost afterwards.", stacklevel=2)
-                spilled[name].update(zip(buffer.ids, rows, strict=True))
+    for name, key in keys.items():
+        # Another backbone, or a write cut short, may have left the rows of some keys there.
+        new = [i for i, id_ in enumerate(buffer.ids) if id_ not in stored[name]]
+        if not new:
+            continue
+        ids, rows = [buffer.ids[i] for i in new], np.concatenate(buffer.rows[name])[new]
+        try:
+            write_features(store, key, ids, rows)
+        except StoreReadOnlyError as e:
+            if not any(spilled.values()):
+                warnings.warn(f"{e} Features are kept in memory and lost afterwards.", stacklevel=2)
+            spilled[name].update(zip(ids, rows, strict=True))
     buffer.ids.clear()
     for blocks in buffer.rows.values():
         blocks.clear()
@@ -271,11 +286,13 @@ def _load(
         out = read_features(store, key, stored)
         if out.missing:
             return {}, True
-        rows = np.empty((len(unique), dim), np.float16)
-        if stored:
-            rows[[at[i] for i in stored]] = out.rows
-        for id_ in memory.keys() & at.keys():
-            rows[at[id_]] = memory[id_]
+        rows = out.rows
+        if memory:
+            rows = np.empty((len(unique), dim), np.float16)
+            if stored:
+                rows[[at[i] for i in stored]] = out.rows
+            for id_ in memory.keys() & at.keys():
+                rows[at[id_]] = memory[id_]
         held[name] = rows[index] if len(unique) < len(ids) else rows
         room -= size
     return held, False
@@ -285,9 +302,9 @@ def _check_classes(dataset: Dataset, examples: Iterable[Example], left_out: Sequ
     lost = {e.label for e in dataset.examples} - {e.label for e in examples}
     if lost:
         name = dataset.labels[min(lost)]
-        raise DataError(
-            f"Every class must have a picture that can be read; {printable(name)!r} has none: {left_out[0].reason}"
-        )
+        files = {e.where for e in dataset.examples if e.label == min(lost)}
+        reason = next(item.reason for item in left_out if item.where in files)
+        raise DataError(f"Every class must have a picture that can be read; {printable(name)!r} has none: {reason}")
 
 
 def _slices(rows: np.ndarray, index: np.ndarray) -> Iterator[np.ndarray]:

@@ -31,6 +31,9 @@ from regraft.errors import TraceError
 
 _ONE_AT_A_TIME = threading.RLock()
 _TORCH = str(Path(torch.__file__).parent)
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+_MODE = "it branches on self.training"
+_DICE = "it draws random numbers that do not depend on its input"
 _ADVICE = (
     "move that part into a submodule of its own, or name its class in leaf_modules; regraft then treats it as one piece"
 )
@@ -83,14 +86,16 @@ class _Leaves:
     paths: set[str] = field(default_factory=set)
 
     def add(self, root: nn.Module, stop: _Stopped) -> None:
-        """Keep the module that stopped the attempt in one piece, with all of its class: they would stop it too."""
-        if not stop.path:
+        """Keep the modules that stopped the attempt in one piece.
+
+        Where another one of the class did so before, the whole class: the others would stop it too, one by one.
+        """
+        if "" in stop.paths:
             raise TraceError(_sentence(root, stop)) from stop.__cause__
-        kind = type(root.get_submodule(stop.path))
-        if kind is type(root) or kind.__module__.startswith("torch.nn") or kind in self.exact_kinds:
-            self.paths.add(stop.path)
-        else:
-            self.exact_kinds.add(kind)
+        kinds = {type(root.get_submodule(path)) for path in self.paths}
+        again = {kind for path in stop.paths if (kind := type(root.get_submodule(path))) in kinds}
+        self.exact_kinds |= {kind for kind in again if kind is not type(root) and kind not in _CONTAINERS}
+        self.paths |= set(stop.paths)
 
     def holds(self, module: nn.Module, path: str) -> bool:
         return (
@@ -102,11 +107,11 @@ class _Leaves:
 
 
 class _Stopped(Exception):
-    """The module at `path` ("" for the outermost) cannot be followed."""
+    """The modules at `paths` ("" for the outermost) cannot be followed."""
 
-    def __init__(self, path: str, reason: str) -> None:
+    def __init__(self, paths: Collection[str], reason: str) -> None:
         super().__init__(reason)
-        self.path = path
+        self.paths = paths
         self.reason = reason
 
 
@@ -118,17 +123,18 @@ def _settle(module: nn.Module, leaves: _Leaves) -> Followed:
     kept in one piece. A module without submodules loses nothing by that, so it is not tried.
     """
     followed, asked = _attempt(module, leaves, say_yes_to=None)
-    for path in asked:
-        if path and not any(True for _ in module.get_submodule(path).children()):
-            raise _Stopped(path, "it branches on self.training")
+    childless = [path for path in asked if path and not any(True for _ in module.get_submodule(path).children())]
+    if childless:
+        raise _Stopped(childless, _MODE)
     plain = str(followed.graph.python_code("self").src)
-    for kind, path in {type(module.get_submodule(path)): path for path in reversed(asked)}.items():
+    for kind in {type(module.get_submodule(path)): None for path in asked}:
+        paths = [path for path in asked if type(module.get_submodule(path)) is kind]
         try:
             other, _ = _attempt(module, leaves, say_yes_to=kind)
         except _Stopped as stop:
-            raise _Stopped(path, "it branches on self.training") from stop
+            raise _Stopped(paths, _MODE) from stop
         if str(other.graph.python_code("self").src) != plain:
-            raise _Stopped(path, "it branches on self.training")
+            raise _Stopped(paths, _MODE)
     return followed
 
 
@@ -145,9 +151,9 @@ def _attempt(
         except _Stopped:
             raise
         except Exception as e:  # user code runs here: any class may come out
-            raise _Stopped(tracer.running(), str(e) or type(e).__name__) from e
+            raise _Stopped([tracer.running()], str(e) or type(e).__name__) from e
         if _dice() != dice:
-            raise _Stopped("", "it draws random numbers that do not depend on its input")
+            raise _Stopped([""], _DICE)
         constants = {name: value for name, value in module.__dict__.items() if name not in known}
     scopes = {name: scope for name, (scope, _) in tracer.node_name_to_scope.items()}
     return Followed(graph, _numbered(tracer.finished), scopes, constants), tuple(tracer.asked)
@@ -177,6 +183,9 @@ class _Tracer(fx.Tracer):
         self.modes: dict[str, fx.Proxy] = {}
         self.stored: dict[int, str] = {}
 
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Value(node, self)
+
     def running(self) -> str:
         """The path of the innermost module whose `forward` is being followed."""
         for path, _ in reversed(self.module_stack.values()):
@@ -203,9 +212,9 @@ class _Tracer(fx.Tracer):
             dice, before = _dice(), _attributes(m)
             result = super().call_module(m, forward, args, kwargs)
             if _dice() != dice:
-                raise _Stopped(path, "it draws random numbers that do not depend on its input")
+                raise _Stopped([path], _DICE)
             if _changed(before, _attributes(m)):
-                raise _Stopped(path, "it changes its own attributes")
+                raise _Stopped([path], "it changes its own attributes")
         parts = pytree.tree_leaves(result)
         self.finished.append((path, tuple(part.node.name for part in parts if isinstance(part, fx.Proxy))))
         return result
@@ -239,7 +248,54 @@ class _Tracer(fx.Tracer):
         return self.say_yes_to is type(self.root.get_submodule(path))
 
 
-class _StoredProxy(fx.Proxy):
+class _Value(fx.Proxy):
+    """A value of the graph that also notes down `x += y` and `x[i] = y`, which plain stand-ins mistake or refuse."""
+
+    def __iadd__(self, other: Any) -> fx.Proxy:
+        return self._write(_add_in_place, other)
+
+    def __isub__(self, other: Any) -> fx.Proxy:
+        return self._write(_subtract_in_place, other)
+
+    def __imul__(self, other: Any) -> fx.Proxy:
+        return self._write(_multiply_in_place, other)
+
+    def __itruediv__(self, other: Any) -> fx.Proxy:
+        return self._write(_divide_in_place, other)
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self._write(_set_item, index, value)
+
+    def _write(self, operation: Callable[..., Any], *args: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", operation, (self, *args), {})
+
+
+# Functions of their own, because the code that torch.fx writes for operator.iadd changes numbers that are used again.
+def _add_in_place(x: Any, y: Any) -> Any:
+    x += y
+    return x
+
+
+def _subtract_in_place(x: Any, y: Any) -> Any:
+    x -= y
+    return x
+
+
+def _multiply_in_place(x: Any, y: Any) -> Any:
+    x *= y
+    return x
+
+
+def _divide_in_place(x: Any, y: Any) -> Any:
+    x /= y
+    return x
+
+
+def _set_item(x: Any, index: Any, value: Any) -> None:
+    x[index] = value
+
+
+class _StoredProxy(_Value):
     """A parameter or buffer as a value of the graph; its shape is a fact, so code may branch on it."""
 
     def __init__(self, node: fx.Node, tracer: fx.Tracer, tensor: torch.Tensor) -> None:

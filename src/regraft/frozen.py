@@ -6,7 +6,6 @@ on is what it is given later. Knows tensors; nothing of files, labels or heads.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -33,6 +32,7 @@ class FrozenLower:
     """The layers below the deepest cut, folded, in their precision and on their device, never trained.
 
     parts: for each cut, how many vectors make its features: grid cells, or class token and mean of the rest, or 1.
+    apart: cuts between a layer and its batch norm, which cannot be folded then; all above them has other last bits.
     """
 
     module: nn.Module
@@ -40,19 +40,26 @@ class FrozenLower:
     parts: tuple[int, ...]
     preprocess: PreprocessSpec
     numerics: Numerics
+    apart: tuple[Cut, ...] = ()
 
 
-def freeze_lower(
-    trace: Trace, cuts: Sequence[str], preprocess: PreprocessSpec, numerics: Numerics
-) -> FrozenLower:
+def freeze_lower(trace: Trace, cuts: Sequence[str], preprocess: PreprocessSpec, numerics: Numerics) -> FrozenLower:
     """A private, folded copy of everything up to the deepest of `cuts`; the traced module is left as it is."""
-    lower = lower_at(trace, list(cuts))
-    module = fold_batchnorm(copy.deepcopy(lower).eval().requires_grad_(False), lower.graph)
+    lower = lower_at(trace, list(cuts)).eval()
+    example = torch.zeros(1, *trace.example_shape[1:])
+    module = fold_batchnorm(lower, lower.graph, example=example).requires_grad_(False)  # type: ignore[arg-type]
     if numerics.precision == "bfloat16":
         _cast_weights(module, emulated=numerics.emulated)
-    module = module.to(numerics.device, memory_format=torch.channels_last)
+    module = module.to(numerics.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     found = tuple(find_cut(trace, name) for name in cuts)
-    return FrozenLower(module, found, tuple(parts_of(cut) for cut in found), preprocess, numerics)
+    apart = tuple(cut for cut in found if _before_norm(trace, cut))
+    return FrozenLower(module, found, tuple(parts_of(cut) for cut in found), preprocess, numerics, apart)
+
+
+def _before_norm(trace: Trace, cut: Cut) -> bool:
+    node = next(n for n in trace.graph.nodes if n.name == cut.node)
+    called = [str(user.target) for user in node.users if user.op == "call_module"]
+    return any(isinstance(trace.module.get_submodule(path), nn.BatchNorm1d | nn.BatchNorm2d) for path in called)
 
 
 def parts_of(cut: Cut) -> int:
@@ -86,7 +93,8 @@ def run_frozen(frozen: FrozenLower, pictures: torch.Tensor) -> list[np.ndarray]:
     with torch.inference_mode(), torch.autocast(frozen.numerics.device, torch.bfloat16, enabled=half):
         values = frozen.module(x)
     return [
-        _checked(pooled(v[:n], cut, parts), cut) for v, cut, parts in zip(values, frozen.cuts, frozen.parts, strict=True)
+        _checked(pooled(v, cut, parts)[:n], cut)
+        for v, cut, parts in zip(values, frozen.cuts, frozen.parts, strict=True)
     ]
 
 
@@ -139,8 +147,10 @@ class Float32Rounded(nn.Module):
 
 
 def _cast_weights(module: nn.Module, *, emulated: bool) -> None:
+    # The parts of torch's own attention are not called: it reads their weights.
+    parts = {part for m in module.modules() if isinstance(m, nn.MultiheadAttention) for part in m.children()}
     for path, layer in list(module.named_modules()):
-        if not isinstance(layer, nn.Conv2d | nn.Linear) or not uses_weights_plainly(layer):
+        if not isinstance(layer, nn.Conv2d | nn.Linear) or layer in parts or not uses_weights_plainly(layer):
             continue
         layer.to(torch.bfloat16)
         if emulated:

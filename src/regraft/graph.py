@@ -15,22 +15,20 @@ of the same content in a plain layout).
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils import _pytree as pytree
 
-from regraft.errors import CutError, TraceError
+from regraft.errors import CutError
 from regraft.follow import Followed, follow
 from regraft.layout import Layout, layouts, prefix_tokens
-from regraft.observe import Depends, Run, Sight, Tensor, observe
+from regraft.observe import Depends, Pass, Sight, Tensor, observe
 from regraft.rebuild import recipes
 from regraft.shown import Draft, choose
-from regraft.twins import runnable, twin
+from regraft.twins import runnable
 
 
 @dataclass(frozen=True)
@@ -91,16 +89,10 @@ def trace(
     """
     followed = follow(module, leaf_modules=leaf_modules, leaf_functions=leaf_functions)
     part = runnable(followed.graph, module, followed.constants)
-    trials = _trials(module, example)
-    try:
-        with _left_alone(module, example):
-            sights, outputs = observe(followed.graph, part, [trial.run for trial in trials])
-    except Exception as e:  # the operations of any network
-        raise TraceError(f"{_class(module)} cannot be run operation by operation: {_first_line(e)}.") from e
-    _check(module, trials, outputs)
-    found, refused, joins = _sweep(followed, trials, sights)
+    sights, passes = observe(followed.graph, module, part, example)
+    found, refused, joins = _sweep(followed, passes, sights)
     ends = {path: _one_tensor(nodes, sights) for path, nodes in followed.ends.items()}
-    cuts = _cuts(followed, ends, module, trials, sights, found, refused, joins)
+    cuts = _cuts(followed, ends, module, passes, sights, found, refused, joins)
     shape = tuple(example.shape)
     return Trace(module, followed.graph, shape, cuts, ends, followed.constants, sights, refused)
 
@@ -111,7 +103,8 @@ def find_cut(trace: Trace, name: str) -> Cut:
     Raises CutError, which says why there is none at that place and names the nearest ones.
     """
     by_name = {alias: cut for cut in trace.cuts for alias in (cut.name, *cut.aliases)}
-    cut = by_name.get(name) or {cut.node: cut for cut in trace.cuts}.get(name)
+    by_node = {cut.node: cut for cut in trace.cuts if f"{name}@1" not in trace.ends}
+    cut = by_name.get(name) or by_node.get(name)
     if cut is not None:
         return cut
     if not trace.cuts:
@@ -119,114 +112,11 @@ def find_cut(trace: Trace, name: str) -> Cut:
     raise CutError(_why_not(trace, name))
 
 
-# ---- running the network ----------------------------------------------------------------------------------------
-
-
-Varies = Literal["", "batch", "size", "mode"]
-
-
-@dataclass(frozen=True)
-class _Trial:
-    """One input, and what the network itself gives for it; `varies` names what is unlike the first trial."""
-
-    run: Run
-    expected: object
-    varies: Varies
-
-
-def _trials(module: nn.Module, example: torch.Tensor) -> list[_Trial]:
-    """The plain case, another batch size, a larger picture if the network takes one, training if it can be had.
-
-    A size that agrees with another one in all of them agrees for good reason.
-    """
-    if example.ndim < 2:
-        raise TraceError(f"An example must be a batch, of rank 2 or more; found shape {tuple(example.shape)}.")
-    whole = twin(module).eval()
-    trials = []
-    for batch in (2, 3):
-        x = _like(example, batch)
-        try:
-            trials.append(_Trial(Run(x, False), _output(whole, x), "" if batch == 2 else "batch"))
-        except Exception as e:  # any network may raise anything
-            raise TraceError(
-                f"{_class(module)} must take a batch of {batch} like the example, of shape "
-                f"{tuple(x.shape)}; it raised {_first_line(e)}."
-            ) from e
-    larger = [_like(example, 2, size) for size in _larger(example)]
-    for x, train in [*[(x, False) for x in larger], (trials[1].run.x, True)]:
-        varies: Varies = "mode" if train else "size"
-        if varies not in {trial.varies for trial in trials}:
-            with suppress(Exception):  # whatever it raises, it does not take this
-                trials.append(_Trial(Run(x, train), _output(whole.train(train), x), varies))
-    return trials
-
-
-def _output(whole: nn.Module, x: torch.Tensor) -> object:
-    with _left_alone(whole, x), torch.no_grad():
-        torch.manual_seed(0)
-        return whole(x.clone())
-
-
-def _like(example: torch.Tensor, batch: int, size: tuple[int, int] | None = None) -> torch.Tensor:
-    """A batch like the example: noise, where its numbers are real ones."""
-    shape = (batch, *example.shape[1:]) if size is None else (batch, example.shape[1], *size)
-    if not example.is_floating_point():
-        return example[:1].expand(shape).clone()
-    return torch.randn(shape, generator=torch.Generator().manual_seed(batch)).to(example)
-
-
-def _larger(example: torch.Tensor) -> list[tuple[int, int]]:
-    """Larger pictures to try: first one that is not square, so that height and width can be told apart."""
-    if example.ndim != 4 or not example.is_floating_point():
-        return []
-    height, width = example.shape[2:]
-
-    def grown(length: int, factor: float) -> int:
-        return max(round(length * factor / 32) * 32, length + 32)
-
-    return [(grown(height, 1.25), grown(width, 1.5)), (grown(height, 1.5), grown(width, 1.5)), (2 * height, 2 * width)]
-
-
-@contextmanager
-def _left_alone(module: nn.Module, example: torch.Tensor) -> Iterator[None]:
-    """Put back running statistics and random state."""
-    kept = [(m, name, b, None if b is None else b.clone()) for m in module.modules() for name, b in m._buffers.items()]
-    devices = [example.device] if example.is_cuda else []
-    try:
-        with torch.random.fork_rng(devices=devices):
-            yield
-    finally:
-        for m, name, buffer, value in kept:
-            m._buffers[name] = buffer
-            if buffer is not None and value is not None:
-                buffer.copy_(value)
-
-
-def _check(module: nn.Module, trials: Sequence[_Trial], outputs: Sequence[object]) -> None:
-    """The graph must give, bit for bit, what the network gives."""
-    for trial, output in zip(trials, outputs, strict=True):
-        expected, structure = pytree.tree_flatten(trial.expected)
-        found, same = pytree.tree_flatten(output)
-        if structure != same or not all(map(_equal, expected, found)):
-            mode = "training" if trial.run.train else "evaluation"
-            raise TraceError(
-                f"{_class(module)} must compute the same whenever it runs; in {mode} mode on input "
-                f"{tuple(trial.run.x.shape)} its operations, run one by one, give another output: it may draw random "
-                "numbers outside PyTorch or keep state; name the class of that submodule in leaf_modules."
-            )
-
-
-def _equal(a: object, b: object) -> bool:
-    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
-        return a.shape == b.shape and a.dtype == b.dtype and bool(((a == b) | ((a != a) & (b != b))).all())
-    return bool(a == b)
-
-
 # ---- the sweep --------------------------------------------------------------------------------------------------
 
 
 def _sweep(
-    followed: Followed, trials: Sequence[_Trial], sights: Mapping[str, Sight]
+    followed: Followed, passes: Sequence[Pass], sights: Mapping[str, Sight]
 ) -> tuple[list[fx.Node], dict[str, str], set[int]]:
     """The nodes to cut at; for the others, why not; the places after which several tensors are alive."""
     nodes = list(followed.graph.nodes)
@@ -242,7 +132,7 @@ def _sweep(
         alive = [n for n in alive if last_use.get(n.name, -1) > place]
         if len(alive) > 1:
             joins.add(place)
-        reason = _unfit(node, sights[node.name], trials) or _not_alone(node, alive, followed.scopes, output)
+        reason = _unfit(node, sights[node.name], passes) or _not_alone(node, alive, followed.scopes, output)
         if reason is None and recipes(nodes, sights, node) is None:
             reason = "what is computed above it needs sizes that cannot be read off it"
         if reason is None:
@@ -266,7 +156,7 @@ def _last_uses(nodes: Sequence[fx.Node], sights: Mapping[str, Sight]) -> dict[st
     return last
 
 
-def _unfit(node: fx.Node, sight: Sight, trials: Sequence[_Trial]) -> str | None:
+def _unfit(node: fx.Node, sight: Sight, passes: Sequence[Pass]) -> str | None:
     """Why the value itself cannot be the tensor at a cut."""
     if node.op == "placeholder":
         return "it is the input itself"
@@ -280,7 +170,7 @@ def _unfit(node: fx.Node, sight: Sight, trials: Sequence[_Trial]) -> str | None:
     shapes = [t.shape for t in tensors]
     if not 2 <= len(shapes[0]) <= 4 or len({len(shape) for shape in shapes}) > 1:
         return f"its rank is {len(shapes[0])}, not 2, 3 or 4"
-    batches = [trial.run.x.shape[0] for trial in trials]
+    batches = [one.x.shape[0] for one in passes]
     if any(s[0] != batch for s, batch in zip(shapes, batches, strict=True)) or shapes[0][1:] != shapes[1][1:]:
         return "its first axis is not the batch alone"
     return None
@@ -312,15 +202,15 @@ def _cuts(
     followed: Followed,
     ends: Mapping[str, str | None],
     module: nn.Module,
-    trials: Sequence[_Trial],
+    passes: Sequence[Pass],
     sights: Mapping[str, Sight],
     found: Sequence[fx.Node],
     refused: dict[str, str],
     joins: set[int],
 ) -> tuple[Cut, ...]:
     """Names, layouts and the choice of what is shown; a tensor without a layout is refused after all."""
-    larger = next((i for i, trial in enumerate(trials) if trial.varies == "size"), None)
-    layout = layouts(followed.graph, module, sights, base=0, larger=larger)
+    other = next((i for i, one in enumerate(passes) if one.varies == "size"), None)
+    layout = layouts(followed.graph, module, sights, base=0, other=other)
     refused |= {n.name: "its channels are not on a usual axis" for n in found if layout[n.name] is None}
     paths = _paths(ends, module)
     drafts = [
@@ -338,7 +228,7 @@ def _cuts(
             node=draft.node.name,
             shape=_seen(sights, draft.node)[0].shape[1:],
             layout=kind,
-            prefix_tokens=_prefix(module, trials, _seen(sights, draft.node)) if kind == "tokens" else 0,
+            prefix_tokens=_prefix(module, passes, _seen(sights, draft.node)) if kind == "tokens" else 0,
             shown=draft.node.name in shown,
         )
         for depth, draft in enumerate(drafts, start=1)
@@ -375,15 +265,13 @@ def _seen(sights: Mapping[str, Sight], node: fx.Node) -> list[Tensor]:
     return [t for t in sights[node.name].seen if isinstance(t, Tensor)]
 
 
-def _prefix(module: nn.Module, trials: Sequence[_Trial], seen: Sequence[Tensor]) -> int:
+def _prefix(module: nn.Module, passes: Sequence[Pass], seen: Sequence[Tensor]) -> int:
     """From the evaluation runs on pictures; what the network itself states counts where it fits."""
-    if trials[0].run.x.ndim != 4:
+    if passes[0].x.ndim != 4:
         return 0
     stated = getattr(module, "num_prefix_tokens", 0)
     sizes = [
-        (t.shape[1], (trial.run.x.shape[2], trial.run.x.shape[3]))
-        for t, trial in zip(seen, trials, strict=True)
-        if not trial.run.train
+        (t.shape[1], (one.x.shape[2], one.x.shape[3])) for t, one in zip(seen, passes, strict=True) if not one.train
     ]
     return prefix_tokens(sizes, stated if isinstance(stated, int) else 0)
 
@@ -394,8 +282,8 @@ def _prefix(module: nn.Module, trials: Sequence[_Trial], seen: Sequence[Tensor])
 def _why_not(trace: Trace, name: str) -> str:
     """One sentence: what is at that place, and the nearest cuts."""
     known = dict(trace.module.named_modules())
-    node = trace.ends.get(name) or (name if name in trace.refused else None)
     calls = [path for path in trace.ends if path.split("@")[0] == name and path != name]
+    node = trace.ends.get(name) or (name if name in trace.refused and not calls else None)
     if node is not None:
         reason = trace.refused.get(node, "nothing is computed there")
         return f"A cut must lie where one tensor is alive; at {name!r} {reason}: {_beside(trace, node)}."
@@ -427,8 +315,3 @@ def _closest(trace: Trace, name: str) -> str:
 
 def _class(module: nn.Module) -> str:
     return type(module).__name__
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0].rstrip('.')}" if lines else type(error).__name__

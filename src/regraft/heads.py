@@ -22,6 +22,7 @@ class View:
 
     parts: vectors stored per picture at the cut; whole: all of them are seen, else their mean.
     grey: of `input` only: one channel is seen, for all training pictures were grey.
+    root: signed square roots are seen, which evens out bursts (power normalisation, Perronnin et al. 2010).
     """
 
     cut: str
@@ -29,6 +30,7 @@ class View:
     channels: int
     whole: bool
     grey: bool = False
+    root: bool = False
 
     @property
     def dim(self) -> int:
@@ -37,12 +39,14 @@ class View:
 
     def of(self, rows: np.ndarray) -> np.ndarray:
         """Stored rows (n, parts * channels) as seen, (n, dim)."""
+        seen = rows
         if self.grey:  # the three channels are equal and stand one after another
-            return rows[:, : self.dim]
-        if self.whole or self.parts == 1:
-            return rows
-        mean: np.ndarray = rows.reshape(len(rows), self.parts, self.channels).mean(1, dtype=np.float32)
-        return mean
+            seen = rows[:, : self.dim]
+        elif not self.whole and self.parts > 1:
+            seen = rows.reshape(len(rows), self.parts, self.channels).mean(1, dtype=np.float32)
+        if self.root:
+            seen = np.sign(seen, dtype=np.float32) * np.sqrt(np.abs(seen), dtype=np.float32)
+        return seen
 
     def to_json(self) -> dict[str, Any]:
         """The view as JSON values."""

@@ -23,6 +23,7 @@ from regraft.observe import Sight, Tensor
 
 Layout = Literal["NCHW", "NHWC", "tokens", "vector"]
 
+_MIXING = ("view", "reshape", "einsum", "movedim", "moveaxis", "matmul", "bmm")
 _BY_AXIS: dict[tuple[int, int | None], Layout] = {
     (2, None): "vector",
     (2, 1): "vector",
@@ -34,11 +35,11 @@ _BY_AXIS: dict[tuple[int, int | None], Layout] = {
 
 
 def layouts(
-    graph: fx.Graph, module: nn.Module, sights: Mapping[str, Sight], *, base: int, larger: int | None
+    graph: fx.Graph, module: nn.Module, sights: Mapping[str, Sight], *, base: int, other: int | None
 ) -> dict[str, Layout | None]:
     """The layout of every tensor of the graph; None where the channels lie elsewhere or cannot be told.
 
-    `base` and `larger` are the indices of two observed runs that differ in picture size; `larger` may be None.
+    `base` and `other` are the indices of two passes that differ in picture size; `other` may be None.
     """
     found: dict[str, Layout | None] = {}
     axes: dict[str, int | None] = {}
@@ -46,7 +47,7 @@ def layouts(
         now = sights[node.name].seen[base]
         if not isinstance(now, Tensor):
             continue
-        axis = _by_size(now, sights[node.name].seen[larger]) if larger is not None else None
+        axis = _by_size(now, sights[node.name].seen[other]) if other is not None else None
         axes[node.name] = axis if axis is not None else _by_operation(node, module, axes, sights, base)
     for node in reversed(graph.nodes):
         now = sights[node.name].seen[base]
@@ -60,8 +61,8 @@ def layouts(
 def prefix_tokens(seen: Sequence[tuple[int, tuple[int, int]]], stated: int) -> int:
     """How many of N tokens are not places of the picture (class and register tokens, in front).
 
-    `seen` holds (N, (height, width) of the input) for some runs; `stated` is what the network says (0: nothing). The
-    rest must fill a grid of the shape of the picture in every run; of several answers, the stated one, then the least.
+    `seen` holds (N, (height, width) of the input) for some passes; `stated` is what the network says (0: nothing). The
+    rest must fill a grid of the shape of the picture in every pass; of several answers, the stated one, then the least.
     """
     for prefix in [stated, *range(6)] if stated else range(6):
         if all(n - prefix >= 4 and _fills_grid(n - prefix, size) for n, size in seen):
@@ -149,7 +150,7 @@ def _moved(node: fx.Node, axis: int, before: tuple[int, ...], now: tuple[int, ..
         return {a: b, b: a}.get(axis, axis)
     if name == "permute" and len(rest) == len(before):
         return [int(i) % len(before) for i in rest].index(axis)
-    if len(before) == len(now) and name not in ("view", "reshape"):
+    if len(before) == len(now) and name not in _MIXING:
         return axis
     if name == "flatten" and len(now) == 3 and len(before) == 4:
         return 1 if axis == 1 else 2

@@ -67,7 +67,7 @@ def _numerics(device: str, batch: int, kernels: str, supported: bool, asked: Pre
 
 def _cpu_bfloat16() -> tuple[bool, str]:
     # oneDNN can be told to use less than the processor has; its kernels, and so the features, then differ.
-    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
+    limit = (os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or "").upper()
     has = bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
     allowed = limit in ("", "ALL", "DEFAULT") or "BF16" in limit or "AMX" in limit
     capability = torch.backends.cpu.get_cpu_capability()

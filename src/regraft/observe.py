@@ -9,14 +9,20 @@ Knows graphs, not cuts or layers. Not covered: values that differ only for input
 from __future__ import annotations
 
 import builtins
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import fx, nn
+from torch.utils import _pytree as pytree
 
+from regraft.errors import TraceError
+from regraft.twins import twin
+
+Varies = Literal["", "batch", "size", "mode"]
 _SIZE_ATTRIBUTES = {"shape", "ndim", "dtype", "device", "layout", "is_cuda"}
 _SIZE_METHODS = {"size", "dim", "ndimension", "numel", "nelement", "stride", "is_floating_point", "get_device"}
 _SIZE_FUNCTIONS = {torch.numel, torch.is_floating_point, builtins.len}
@@ -31,11 +37,19 @@ class Depends(IntEnum):
 
 
 @dataclass(frozen=True)
-class Run:
-    """One input to observe, and the mode to run it in."""
+class Pass:
+    """One pass of the whole network: its input, its output (if compared), and what is unlike the first pass.
+
+    "mode" is a pass in training; the others are in evaluation.
+    """
 
     x: torch.Tensor
-    train: bool
+    output: object
+    varies: Varies
+
+    @property
+    def train(self) -> bool:
+        return self.varies == "mode"
 
 
 @dataclass(frozen=True)
@@ -51,7 +65,7 @@ class Tensor:
 class Sight:
     """What is known of the value of one node.
 
-    `seen` has one entry per run: a Tensor, a number, a size, a type, a tuple of such, or the class of anything else.
+    `seen` has one entry per pass: a Tensor, a number, a size, a type, a tuple of such, or the class of anything else.
     `overwritten` holds the places in the order of computation of later nodes that write into the value's memory.
     `effect`: making the value draws random numbers, writes into another one or may change a layer whose result nobody
     uses, so it must happen exactly once.
@@ -64,19 +78,34 @@ class Sight:
     effect: bool
 
 
-def observe(graph: fx.Graph, part: nn.Module, runs: Sequence[Run]) -> tuple[dict[str, Sight], list[Any]]:
-    """What each node of `graph` was over `runs` on the module `part`, and the output of each run.
+def observe(
+    graph: fx.Graph, module: nn.Module, part: nn.Module, example: torch.Tensor
+) -> tuple[dict[str, Sight], list[Pass]]:
+    """What each node of `graph` was over some passes like `example`, and these passes.
 
-    Each run starts from seed 0, without gradients; the random generator and the buffers are the caller's to keep.
+    `part` runs the graph and shares the tensors of `module`. Passes start from seed 0, without gradients; running
+    statistics and random state are put back. Raises TraceError when the network does not take such input, or the graph
+    does not give bit for bit what the network gives.
     """
+    if example.ndim < 2:
+        raise TraceError(f"An example must be a batch, of rank 2 or more; found shape {tuple(example.shape)}.")
     place = {node.name: i for i, node in enumerate(graph.nodes)}
-    watchers = [_Watcher(part, graph, place) for _ in runs]
-    outputs = []
-    for watcher, run in zip(watchers, runs, strict=True):
-        part.train(run.train)
-        torch.manual_seed(0)
-        with torch.no_grad():
-            outputs.append(watcher.run(run.x.clone()))
+    watchers: list[_Watcher] = []
+    passes: list[Pass] = []
+    for one in _plan(module, example):
+        if one.varies in {done.varies for done in passes}:
+            continue
+        watcher = _Watcher(part, graph, place)
+        try:
+            output = _output(part.train(one.train), one.x, watcher.run)
+        except Exception as e:  # the operations of any network
+            if one.varies == "size":
+                continue
+            raise TraceError(f"{type(module).__name__} cannot be run one operation at a time: {_first_line(e)}.") from e
+        if one.varies in ("", "mode"):
+            _require_equal(one, output, type(module).__name__)
+        watchers.append(watcher)
+        passes.append(one)
     depends = _dependence(graph, watchers[0].seen)
     return {
         node.name: Sight(
@@ -87,7 +116,100 @@ def observe(graph: fx.Graph, part: nn.Module, runs: Sequence[Run]) -> tuple[dict
             effect=any(node.name in w.effects for w in watchers),
         )
         for node in graph.nodes
-    }, outputs
+    }, passes
+
+
+def _plan(module: nn.Module, example: torch.Tensor) -> Iterator[Pass]:
+    """The plain case, another batch size, another picture size if the network takes one, training if it can be had.
+
+    A size that agrees with another one in all of them agrees for good reason. What the graph gives is compared with
+    what the network gives once in each mode.
+    """
+    whole = twin(module).eval()
+    x = _like(example, 2)
+    try:
+        output = _output(whole, x, whole)
+    except Exception as e:  # any network may raise anything
+        raise TraceError(
+            f"{type(module).__name__} must take a batch of 2 like the example, of shape {tuple(x.shape)}; "
+            f"it raised {_first_line(e)}."
+        ) from e
+    yield Pass(x, output, "")
+    yield Pass(_like(example, 3), None, "batch")
+    for size in _other_sizes(example):
+        yield Pass(_like(example, 2, size), None, "size")
+    try:
+        output = _output(whole.train(), x, whole)
+    except Exception:  # it cannot be trained as it is; whatever it raises, there is nothing to compare with
+        return
+    yield Pass(x, output, "mode")
+
+
+def _output(part: nn.Module, x: torch.Tensor, run: Callable[[torch.Tensor], Any]) -> Any:
+    with _left_alone(part, x), torch.no_grad():
+        torch.manual_seed(0)
+        return run(x.clone())
+
+
+def _like(example: torch.Tensor, batch: int, size: tuple[int, int] | None = None) -> torch.Tensor:
+    """A batch like the example: noise, where its numbers are real ones."""
+    shape = (batch, *example.shape[1:]) if size is None else (batch, example.shape[1], *size)
+    if not example.is_floating_point():
+        return example[:1].expand(shape).clone()
+    return torch.randn(shape, generator=torch.Generator().manual_seed(batch)).to(example)
+
+
+def _other_sizes(example: torch.Tensor) -> list[tuple[int, int]]:
+    """Other picture sizes to try: first those of another shape, so that height and width can be told apart.
+
+    The smaller one, at less cost, comes first where a network that halves its maps five times has something left.
+    """
+    if example.ndim != 4 or not example.is_floating_point():
+        return []
+    height, width = example.shape[2:]
+
+    def scaled(length: int, factor: float) -> int:
+        step = 32 if factor > 1 else -32
+        return round(length * factor / 32) * 32 if abs(length * factor - length) >= 32 else length + step
+
+    def both(tall: int, wide: int, step: int) -> tuple[int, int]:
+        return tall, wide + step if tall * width == wide * height else wide
+
+    smaller = [both(scaled(height, 0.85), scaled(width, 0.75), -32)] if min(height, width) >= 160 else []
+    larger = both(scaled(height, 1.25), scaled(width, 1.5), 32)
+    return [*smaller, larger, (scaled(height, 1.5), scaled(width, 1.5)), (2 * height, 2 * width)]
+
+
+@contextmanager
+def _left_alone(module: nn.Module, example: torch.Tensor) -> Iterator[None]:
+    """Put back running statistics and random state."""
+    kept = [(m, name, b, None if b is None else b.clone()) for m in module.modules() for name, b in m._buffers.items()]
+    devices = [example.device] if example.is_cuda else []
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        for m, name, buffer, value in kept:
+            m._buffers[name] = buffer
+            if buffer is not None and value is not None:
+                buffer.copy_(value)
+
+
+def _require_equal(one: Pass, output: object, name: str) -> None:
+    expected, structure = pytree.tree_flatten(one.output)
+    found, same = pytree.tree_flatten(output)
+    if structure != same or not all(map(_equal, expected, found)):
+        raise TraceError(
+            f"{name} must compute the same whenever it runs; in {'training' if one.train else 'evaluation'} mode on "
+            f"input {tuple(one.x.shape)} its operations, run one by one, give another output: it may draw random "
+            "numbers outside PyTorch or keep state; name the class of that submodule in leaf_modules."
+        )
+
+
+def _equal(a: object, b: object) -> bool:
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return a.shape == b.shape and a.dtype == b.dtype and bool(((a == b) | ((a != a) & (b != b))).all())
+    return bool(a == b)
 
 
 class _Watcher(fx.Interpreter):
@@ -181,3 +303,8 @@ def _dice(inputs: list[tuple[str, torch.Tensor]]) -> tuple[bytes, ...]:
     devices = {t.device for _, t in inputs if t.is_cuda}
     states = [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in devices)]
     return tuple(state.numpy().tobytes() for state in states)
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0].rstrip('.')}" if lines else type(error).__name__

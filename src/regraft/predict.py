@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,12 @@ import numpy as np
 from regraft.artifact import Prediction, TransferModel
 from regraft.data import Dataset, LeftOut, printable
 from regraft.errors import DataError, PictureError
-from regraft.pictures import SUFFIXES
+from regraft.folders import pictures_below
+from regraft.leaks import Mark
 from regraft.scores import Interval, balanced_accuracy, bootstrap_interval, calibration_error, confusion
 from regraft.splits import together
 
 WORST = 24
-CHUNK = 64
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class Evaluation:
 
     confusion: int64 (true, predicted); calibration_error: expected calibration error of the top probability.
     worst: the pictures whose true label got the least probability; left_out: those that could not be read.
+    marks: of the pictures judged, to find them among others.
     """
 
     accuracy: Interval
@@ -35,6 +36,7 @@ class Evaluation:
     labels: tuple[str, ...]
     worst: tuple[dict[str, Any], ...]
     left_out: tuple[LeftOut, ...]
+    marks: tuple[Mark, ...] = field(repr=False)
 
     def to_json(self) -> dict[str, Any]:
         """The judgement as JSON values."""
@@ -52,21 +54,18 @@ class Evaluation:
         }
 
 
-def predict_paths(
-    model: TransferModel, paths: Iterable[str | Path]
-) -> tuple[list[Prediction], list[LeftOut]]:
+def predict_paths(model: TransferModel, paths: Iterable[str | Path]) -> tuple[list[Prediction], list[LeftOut]]:
     """Predictions for picture files and for all pictures below folders, and what could not be read.
 
-    Raises PictureError for a path where nothing is.
+    Raises PictureError for a folder without pictures.
     """
     files = [file for path in paths for file in _pictures_at(Path(path))]
     predictions, left_out = [], []
-    for file, row in zip(files, model.probabilities(files), strict=True):
-        if isinstance(row, PictureError):
-            left_out.append(LeftOut(str(file), str(row)))
+    for file, answer in zip(files, model.answers(files), strict=True):
+        if isinstance(answer, PictureError):
+            left_out.append(LeftOut(str(file), str(answer)))
         else:
-            order = np.argsort(-row, kind="stable")
-            predictions.append(Prediction(str(file), tuple((model.labels[i], float(row[i])) for i in order)))
+            predictions.append(model.ranked(str(file), answer))
     return predictions, left_out
 
 
@@ -81,33 +80,36 @@ def evaluate_model(
     unknown = sorted({dataset.labels[e.label] for e in dataset.examples} - known.keys())
     if unknown:
         raise DataError(
-            f"The data must have the model's classes; {printable(unknown[0])!r} in {printable(dataset.source)} is not one "
-            f"of: {', '.join(map(printable, model.labels))}."
+            f"The data must have the model's classes; {printable(unknown[0])!r} in {printable(dataset.source)} is not "
+            f"one of: {', '.join(map(printable, model.labels))}."
         )
-    items = [e.path if e.path is not None else e.array for e in dataset.examples]
-    rows, labels, where, groups, left_out = [], [], [], [], []
-    for done, (example, row) in enumerate(zip(dataset.examples, model.probabilities(items), strict=True), 1):
-        if isinstance(row, PictureError):
-            left_out.append(LeftOut(example.where, str(row)))
+    rows, labels, marks, left_out = [], [], [], []
+    answers = model.answers(dataset.examples, marked=True)
+    for done, (example, answer) in enumerate(zip(dataset.examples, answers, strict=True), 1):
+        if isinstance(answer, PictureError):
+            left_out.append(LeftOut(example.where, str(answer)))
         else:
-            rows.append(row)
+            rows.append(answer.probabilities)
             labels.append(known[dataset.labels[example.label]])
-            where.append(example.where)
-            groups.append(example.group)
-        progress(done, len(items))
+            marks.append(Mark(example.where, answer.id, answer.pixels, example.group))
+        progress(done, len(dataset.examples))
     if not rows:
-        raise DataError(f"There must be a picture to judge by; none in {printable(dataset.source)} can be read.")
+        why = f": {left_out[0].reason}" if left_out else "."
+        raise DataError(
+            f"There must be a picture to judge by; {printable(dataset.source)} has none that can be read{why}"
+        )
     probabilities, truth = np.stack(rows), np.array(labels)
     counts = confusion(probabilities.argmax(1), truth, len(model.labels))
     hits = (probabilities.argmax(1) == truth).astype(np.float64)
     return Evaluation(
-        bootstrap_interval(hits, together(groups)),
+        bootstrap_interval(hits, together([m.group for m in marks])),
         balanced_accuracy(counts),
         calibration_error(probabilities, truth),
         counts,
         model.labels,
-        tuple(worst(where, probabilities, truth, model.labels)),
+        tuple(worst([m.where for m in marks], probabilities, truth, model.labels)),
         tuple(left_out),
+        tuple(marks),
     )
 
 
@@ -145,8 +147,9 @@ def worst(
 
 
 def _pictures_at(path: Path) -> list[Path]:
-    if path.is_dir():
-        return sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
-    if not path.exists():
-        raise PictureError(f"A path to predict must exist; nothing is at {printable(str(path))}.")
-    return [path]
+    if not path.is_dir():
+        return [path]
+    found, _ = pictures_below(path)
+    if not found:
+        raise PictureError(f"A folder to predict must hold pictures; {printable(str(path))} holds none.")
+    return found

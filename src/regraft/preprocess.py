@@ -12,14 +12,19 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+from PIL import Image
 
 from regraft.errors import BackboneError
 
 Resize = Literal["shortest", "longest", "stretch"]
-INTERPOLATIONS = ("bicubic", "bilinear", "nearest")
+FILTERS = {
+    "bicubic": Image.Resampling.BICUBIC,
+    "bilinear": Image.Resampling.BILINEAR,
+    "nearest": Image.Resampling.NEAREST,
+}
 LONGEST_RATIO = 16
-"""Pictures longer than 16:1 are cut to their middle 16:1 first: the centre crop keeps less, and memory stays flat."""
+"""Where the shortest edge rules, pictures longer than 16:1 are cut to their middle 16:1 first: the centre crop keeps
+less, and memory stays flat."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,9 @@ class PreprocessSpec:
     fill: grey level or RGB of the border where the resized picture is smaller than `size`.
     channels: 1 (ITU-R 601 luma) or 3 (a grey picture is repeated).
     mean, std: per channel, of values in [0, 1].
+    antialias: always True: Pillow's filters widen when they shrink, as the networks saw in training.
+    reducing_gap: Pillow's: large pictures are first shrunk by a whole factor, at least this far above the aim; quicker
+        and not exact. None is exact.
     """
 
     size: tuple[int, int]
@@ -43,17 +51,19 @@ class PreprocessSpec:
     interpolation: str = "bicubic"
     antialias: bool = True
     fill: tuple[int, ...] = (0, 0, 0)
+    reducing_gap: float | None = None
 
     def __post_init__(self) -> None:
-        if self.interpolation not in INTERPOLATIONS:
+        if self.interpolation not in FILTERS or not self.antialias:
             raise BackboneError(
-                f"The interpolation of a preprocess spec must be one of {', '.join(INTERPOLATIONS)}; "
-                f"found {self.interpolation!r}."
+                f"The interpolation of a preprocess spec must be one of {', '.join(FILTERS)}, with antialias; found "
+                f"{self.interpolation!r}, antialias {self.antialias}."
             )
-        if self.channels not in (1, 3) or len(self.mean) != self.channels or len(self.std) != self.channels:
+        lengths = (len(self.mean), len(self.std), len(self.fill))
+        if self.channels not in (1, 3) or set(lengths) != {self.channels}:
             raise BackboneError(
-                f"A preprocess spec must have 1 or 3 channels with one mean and one deviation each; found "
-                f"{self.channels} channels, {len(self.mean)} means, {len(self.std)} deviations."
+                "A preprocess spec must have 1 or 3 channels with one mean, deviation and fill each; found "
+                f"{self.channels} channels, {lengths[0]} means, {lengths[1]} deviations, {lengths[2]} fills."
             )
 
     def to_json(self) -> dict[str, Any]:
@@ -63,10 +73,11 @@ class PreprocessSpec:
 
 def spec_from_json(value: dict[str, Any]) -> PreprocessSpec:
     """The inverse of `PreprocessSpec.to_json`; TypeError on unknown or missing fields."""
-    return PreprocessSpec(**{k: tuple(v) if isinstance(v, list) else v for k, v in value.items()})
+    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in value.items()}
+    return PreprocessSpec(**fields)
 
 
-def plain_spec(height: int, width: int, channels: int) -> PreprocessSpec:
+def plain_spec(height: int, width: int, channels: int, *, reducing_gap: float | None = None) -> PreprocessSpec:
     """Stretched to height x width, values in [0, 1], nothing subtracted: for networks that state no facts."""
     return PreprocessSpec(
         size=(height, width),
@@ -76,24 +87,25 @@ def plain_spec(height: int, width: int, channels: int) -> PreprocessSpec:
         channels=channels,
         resize="stretch",
         fill=(0,) * channels,
+        reducing_gap=reducing_gap,
     )
 
 
 def fit_to_size(pixels: np.ndarray, spec: PreprocessSpec) -> torch.Tensor:
     """One picture, uint8 (H, W, 1 or 3), resized and centre-cropped to uint8 (channels, *spec.size).
 
-    Equal to timm's evaluation transform (torchvision's Resize and CenterCrop on a PIL image) within 1 grey level.
+    Equal to timm's evaluation transform (torchvision's Resize and CenterCrop on a PIL image): the same arithmetic.
     """
-    x = torch.from_numpy(np.ascontiguousarray(_without_extreme_shape(pixels)))
-    # The channel axis stays innermost in memory: torch has its fast uint8 resize for that layout.
-    x = x.permute(2, 0, 1).unsqueeze(0)
-    if spec.channels == 1 and x.shape[1] == 3:
-        x = _luma(x)
-    height, width = _resized(x.shape[2], x.shape[3], spec)
-    if (height, width) != tuple(x.shape[2:]):
-        x = _interpolate(x, height, width, spec)
-    x = _centre_crop(x, spec)[0]
-    return x.expand(spec.channels, -1, -1).contiguous()
+    if spec.resize == "shortest":
+        pixels = _without_extreme_shape(pixels)
+    picture = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
+    if spec.channels == 1 and picture.mode == "RGB":
+        picture = picture.convert("L")  # ITU-R 601
+    height, width = _resized(picture.height, picture.width, spec)
+    if (width, height) != picture.size:
+        picture = picture.resize((width, height), FILTERS[spec.interpolation], reducing_gap=spec.reducing_gap)
+    x = torch.from_numpy(np.array(picture)).reshape(height, width, -1).permute(2, 0, 1)
+    return _centre_crop(x.expand(spec.channels, -1, -1), spec).contiguous()
 
 
 def normalise(batch: torch.Tensor, spec: PreprocessSpec) -> torch.Tensor:
@@ -116,31 +128,16 @@ def _resized(height: int, width: int, spec: PreprocessSpec) -> tuple[int, int]:
     return max(1, round(height / ratio)), max(1, round(width / ratio))
 
 
-def _interpolate(x: torch.Tensor, height: int, width: int, spec: PreprocessSpec) -> torch.Tensor:
-    if spec.interpolation == "nearest":
-        return F.interpolate(x, size=(height, width), mode="nearest-exact")
-    return F.interpolate(
-        x, size=(height, width), mode=spec.interpolation, antialias=spec.antialias, align_corners=False
-    )
-
-
 def _centre_crop(x: torch.Tensor, spec: PreprocessSpec) -> torch.Tensor:
     height, width = spec.size
-    missing_rows, missing_columns = max(0, height - x.shape[2]), max(0, width - x.shape[3])
-    if missing_rows or missing_columns:
-        fill = torch.tensor(spec.fill[: x.shape[1]], dtype=x.dtype).view(1, -1, 1, 1)
-        framed = fill.expand(1, x.shape[1], x.shape[2] + missing_rows, x.shape[3] + missing_columns).clone()
-        top, left = missing_rows // 2, missing_columns // 2
-        framed[:, :, top : top + x.shape[2], left : left + x.shape[3]] = x
+    rows, columns = max(x.shape[1], height), max(x.shape[2], width)
+    if (rows, columns) != tuple(x.shape[1:]):
+        framed = torch.tensor(spec.fill, dtype=x.dtype).view(-1, 1, 1).repeat(1, rows, columns)
+        top, left = (rows - x.shape[1]) // 2, (columns - x.shape[2]) // 2
+        framed[:, top : top + x.shape[1], left : left + x.shape[2]] = x
         x = framed
-    top, left = round((x.shape[2] - height) / 2), round((x.shape[3] - width) / 2)
-    return x[:, :, top : top + height, left : left + width]
-
-
-def _luma(x: torch.Tensor) -> torch.Tensor:
-    # PIL's integer form of ITU-R 601, so that a colour file and its grey copy meet in the same grey levels.
-    weights = torch.tensor([19595, 38470, 7471], dtype=torch.int32).view(1, 3, 1, 1)
-    return ((x.to(torch.int32) * weights).sum(1, keepdim=True) + 0x8000 >> 16).to(torch.uint8)
+    top, left = round((rows - height) / 2), round((columns - width) / 2)
+    return x[:, top : top + height, left : left + width]
 
 
 def _without_extreme_shape(pixels: np.ndarray) -> np.ndarray:

@@ -6,7 +6,7 @@ The answer to the old question how many layers to reuse is read off their out-of
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -16,8 +16,8 @@ from regraft.heads import INPUT, Head, View
 from regraft.ridge import DUAL_ROWS, START, STRENGTHS, Path, Rows, Standard, cross_validate, fit, standardise
 from regraft.scores import fit_sharpness
 
-WIDEST = 6144
-"""More features than this are seen by a head on several cuts only as means, once there are too many rows for the dual."""
+WIDEST = 5000
+"""The most features a head on several cuts sees where there are too many pictures for the dual."""
 
 
 @dataclass(frozen=True)
@@ -104,16 +104,27 @@ def all_grey(table: FeatureTable, chosen: np.ndarray) -> bool:
 
 def probe_cut(bench: Bench, task: Task, cut: str, depth: int, start: int = START) -> Trial:
     """The probe on one cut: each view along the strengths; the pair is chosen anew for every fold without it."""
-    tried = [((view,), _path(bench, task, (view,), start)) for view in bench.views(cut)]
-    return _trial(cut, depth, task, tried)
+    views = [(view,) for view in bench.views(cut)]
+    return _trial(cut, depth, task, [(seen, _path(bench, task, seen, start)) for seen in views])
 
 
-def probe_several(bench: Bench, task: Task, cuts: Sequence[str], depth: int) -> Trial:
-    """One head on several cuts, each with the same say: the standardised features side by side."""
-    views = tuple(bench.views(cut)[-1] for cut in cuts)
-    if len(task.labels) > DUAL_ROWS and sum(view.dim for view in views) > WIDEST:
-        views = tuple(bench.views(cut)[0] for cut in cuts)
-    return _trial("+".join(cuts), depth, task, [(views, _path(bench, task, views, START))])
+def probe_several(
+    bench: Bench, task: Task, cuts: Sequence[str], best_first: Sequence[str], depth: int, *, root: bool, start: int
+) -> Trial:
+    """One head on several cuts, each with the same say: the standardised features side by side.
+
+    Every cut is seen as its whole grid while the dual is solved; else as means, and the best as their grids while
+    there is room.
+    """
+    views = {cut: bench.views(cut)[0] for cut in cuts}
+    for cut in best_first:
+        whole = bench.views(cut)[-1]
+        room = WIDEST - sum(view.dim for view in views.values()) + views[cut].dim
+        if len(task.labels) <= DUAL_ROWS or whole.dim <= room:
+            views[cut] = whole
+    seen = tuple(replace(view, root=root) for view in views.values())
+    name = "+".join(cuts) + (" (roots)" if root else "")
+    return _trial(name, depth, task, [(seen, _path(bench, task, seen, start))])
 
 
 def fit_head(bench: Bench, task: Task, trial: Trial) -> Head:
@@ -139,7 +150,7 @@ def _standard(bench: Bench, views: tuple[View, ...]) -> Standard:
     return Standard(torch.cat([s.centre for s in each]), torch.cat([s.scale * share for s in each]))
 
 
-def _trial(name: str, depth: int, task: Task, tried: list[tuple[tuple[View, ...], Path]]) -> Trial:
+def _trial(name: str, depth: int, task: Task, tried: Sequence[tuple[tuple[View, ...], Path]]) -> Trial:
     settings = [(views, s, scores) for views, path in tried for s, scores in path.scores.items()]
     targets, labels = task.targets, torch.from_numpy(task.labels)
     errors = torch.stack([(scores - targets).square().sum(-1) for _, _, scores in settings])

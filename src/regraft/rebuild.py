@@ -2,10 +2,10 @@
 
 Only tensors with content count as alive at a cut. Two other sorts of values cross it for free. What depends on the
 weights alone is computed on both sides. A size (batch, height, number of tokens) is read off the tensor at the cut,
-if it was equal to one of its axes, or always the same, in every observed run; or it is computed from such sizes.
+if it was equal to one of its axes, or always the same, in every observed pass; or it is computed from such sizes.
 
-    size alive across the cut ---- equals h.shape[i] in all runs ----> h.size(i)
-                              `--- the same number in all runs ------> that number
+    size alive across the cut ---- equals h.shape[i] in all passes ----> h.size(i)
+                              `--- the same number in all passes ------> that number
                               `--- made of sizes that can be had ----> computed again
                               `--- the same for pictures of one size -> that number, for that size only
 
@@ -118,15 +118,15 @@ def _recipe(
 
 
 def _one_size(graph: fx.Graph, sights: Mapping[str, Sight]) -> tuple[int, ...]:
-    """Indices of the runs on pictures of the size of the first one."""
+    """Indices of the passes on pictures of the size of the first one."""
     x = [t for t in sights[next(iter(graph.nodes)).name].seen if isinstance(t, Tensor)]
     return tuple(i for i, t in enumerate(x) if t.shape[1:] == x[0].shape[1:])
 
 
 def _read_off(seen: Sequence[object], h: Sequence[object], one_size: Sequence[int] = ()) -> Recipe | None:
-    """How values seen in several runs follow from the tensor at the cut in the same runs.
+    """How values seen in several passes follow from the tensor at the cut in the same passes.
 
-    `one_size` names runs in which agreement is enough if there is no other way.
+    `one_size` names passes in which agreement is enough if there is no other way.
     """
     tensors = [t for t in h if isinstance(t, Tensor)]
     if isinstance(seen[0], torch.dtype) and all(v == t.dtype for v, t in zip(seen, tensors, strict=True)):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,15 +17,16 @@ from torch import nn
 from regraft.__version__ import __version__
 from regraft.artifact import TransferModel, assemble, load_model, save_model
 from regraft.backbone import Backbone, load_backbone
-from regraft.data import Dataset, LeftOut, load_data, printable, read, subset
+from regraft.data import Dataset, Example, LeftOut, load_data, pixel_digest, printable, read, subset
 from regraft.errors import DataError, PictureError, RegraftError, RunError
 from regraft.features import FeatureTable, extract
 from regraft.files import digest_json
 from regraft.frozen import agreement
+from regraft.leaks import Mark, find_leaks
 from regraft.numerics import Numerics, pick_numerics
 from regraft.predict import Evaluation, evaluate_model, worst
 from regraft.probe import Bench, Task, Trial, all_grey, fit_head
-from regraft.record import RECORD_FILE, read_record, write_record
+from regraft.record import read_record, write_record
 from regraft.report import REPORT_FILE, write_report
 from regraft.scores import calibration_error, confusion
 from regraft.search import Choice, choose, curve_interval, run_trials
@@ -37,6 +38,8 @@ AGREEMENT_NEEDED = 0.98
 
 Say = Callable[[str, int, int], None]
 """Progress: what is being done, how much of it is done, how much there is."""
+PLACES = ("data", "test")
+"""Options that say where pictures lie."""
 Data = str | os.PathLike[str] | Dataset | tuple[Any, Any]
 
 
@@ -112,7 +115,8 @@ def curve(
     network = load_backbone(backbone, example=example, seed=seed)
     numerics, measured = faithful_numerics(network, device)
     seconds = {"prepare": time.perf_counter() - started}
-    return _curve(dataset, network, numerics, measured, store or open_store(), seed, strict, say, seconds)
+    place = store or open_store()
+    return _curve(dataset, None, network, numerics, measured, place, seed, strict, allow_empty_class, say, seconds)
 
 
 def fit(
@@ -133,15 +137,16 @@ def fit(
     """The whole job: curve, choice, final head, saved model, its evaluation, report; all in the directory `out`.
 
     test: pictures that only the finished model sees, instead of the data's own test split. A finished run is returned
-    as it is; an interrupted one goes on. RunError if `out` holds a run with other options or other data.
+    as it is, with 0 `forward_passes`; an interrupted one goes on. RunError if `out` holds a run with other options or
+    other data.
     """
     started = time.perf_counter()
     dataset = load_data(data, group=group, allow_empty_class=allow_empty_class)
     tested = _test_data(dataset, test, group)
     folder = Path(out)
     options = {
-        "data": dataset.source,
-        "test": tested.source if tested else None,
+        "data": _place(dataset),
+        "test": _place(tested) if tested else None,
         "backbone": backbone if isinstance(backbone, str) else _described(backbone),
         "group": group,
         "seed": seed,
@@ -150,15 +155,17 @@ def fit(
     }
     record = _resume(folder, options, dataset, tested)
     if record is not None:
-        module = backbone if isinstance(backbone, nn.Module) else None
-        return Run(folder, load_model(folder, backbone=module, device=device), record)
+        saved = load_model(folder, backbone=_given(backbone), device=device)
+        now = {"forward_passes": 0, "seconds": {"total": time.perf_counter() - started}}
+        return Run(folder, saved, record | now)
     write_record(folder, {"status": "running", "options": options})
 
     say("loading the backbone", 0, 1)
     network = load_backbone(backbone, example=example, seed=seed)
     numerics, measured = faithful_numerics(network, device)
     seconds = {"prepare": time.perf_counter() - started}
-    found = _curve(dataset, network, numerics, measured, store or open_store(), seed, strict, say, seconds)
+    place = store or open_store()
+    found = _curve(dataset, tested, network, numerics, measured, place, seed, strict, allow_empty_class, say, seconds)
 
     at = time.perf_counter()
     head = fit_head(found.bench, found.task, found.choice.trial)
@@ -168,8 +175,7 @@ def fit(
     seconds["head"] = time.perf_counter() - at
     at = time.perf_counter()
     # What is reported is what is saved: the file is read back and judged as `predict` runs it.
-    module = network.module if network.source.architecture == "custom" else None
-    saved = load_model(folder, backbone=module, device=device)
+    saved = load_model(folder, backbone=_given(network), device=device)
     evaluation = evaluate_model(saved, tested, lambda d, t: say("testing the saved model", d, t)) if tested else None
     seconds["test"] = time.perf_counter() - at
     seconds["total"] = time.perf_counter() - started
@@ -186,7 +192,7 @@ def evaluate(model: TransferModel | str | os.PathLike[str], data: Data, *, group
     Raises DataError naming a class that the model does not know; a class without pictures has support 0.
     """
     loaded = model if isinstance(model, TransferModel) else load_model(model, device=device)
-    dataset = load_data(data, group=group, allow_empty_class=True)
+    dataset = load_data(data, group=group, to_learn=False)
     tested = subset(dataset, "test")
     return evaluate_model(loaded, tested if tested.examples else dataset, lambda d, t: say("predicting", d, t))
 
@@ -205,27 +211,39 @@ def faithful_numerics(backbone: Backbone, device: str) -> tuple[Numerics, float]
 
 def _curve(
     dataset: Dataset,
+    tested: Dataset | None,
     backbone: Backbone,
     numerics: Numerics,
     measured: float,
     store: FeatureStore,
     seed: int,
     strict: bool,
+    allow_empty_class: bool,
     say: Say,
     seconds: dict[str, float],
 ) -> Curve:
     learning = subset(dataset, "train", "validation")
     names = [cut.name for cut in backbone.shown]
     at = time.perf_counter()
-    table = extract(learning, backbone, names, store, numerics, lambda d, t: say("computing features", d, t))
+    if not learning.examples:
+        raise DataError(f"There must be pictures to learn from; {printable(dataset.source)} has them only in test/.")
+    table = extract(
+        learning,
+        backbone,
+        names,
+        store,
+        numerics,
+        lambda d, t: say("computing features", d, t),
+        allow_empty_class=allow_empty_class,
+    )
     seconds |= {"features": time.perf_counter() - at}
-    chosen, conflicts = _consistent(table, dataset.labels)
+    chosen, conflicts = _consistent(table, dataset.labels, allow_empty_class)
     problems = table.left_out + conflicts
-    if strict and problems:
-        raise DataError(f"--strict allows nothing to be left out; {printable(problems[0].where)}: {problems[0].reason}")
+    if strict:
+        _refuse(problems, _learned(table, chosen), tested)
     at = time.perf_counter()
     bench = Bench(table, chosen, all_grey(table, chosen))
-    task = _task(table, chosen, len(dataset.labels), seed)
+    task = task_of(table, chosen, len(dataset.labels), seed, names=dataset.labels)
     steps = len(names) + 3
     done: list[Trial] = []
 
@@ -239,22 +257,53 @@ def _curve(
     return Curve(backbone, trials, choice, task, table, bench, numerics, measured, problems, seconds)
 
 
-def _task(table: FeatureTable, chosen: np.ndarray, classes: int, seed: int) -> Task:
+def _refuse(problems: Sequence[LeftOut], learned: Sequence[Mark], tested: Dataset | None) -> None:
+    """What --strict does not allow: pictures that were left out, or that are learned from and tested on."""
+    marks = []
+    for example in tested.examples if tested else ():
+        try:
+            raw = read(example)
+            marks.append(Mark(example.where, raw.id, pixel_digest(raw.decode()), example.group))
+        except PictureError as e:
+            problems = [*problems, LeftOut(example.where, str(e))]
+    if problems:
+        raise DataError(f"--strict allows nothing to be left out; {printable(problems[0].where)}: {problems[0].reason}")
+    leaks = find_leaks(learned, marks)
+    if leaks:
+        raise DataError(
+            f"--strict allows no picture to be learned from and tested on; found {len(leaks)}, the first is "
+            f"{printable(leaks[0].tested)}, with {leaks[0].equal} equal to {printable(leaks[0].learned)}."
+        )
+
+
+def _learned(table: FeatureTable, chosen: np.ndarray) -> list[Mark]:
+    """What tells the pictures that are learned from."""
+    return [Mark(table.examples[i].where, table.ids[i], table.pixels[i], table.examples[i].group) for i in chosen]
+
+
+def task_of(
+    table: FeatureTable, chosen: np.ndarray, classes: int, seed: int, *, names: Sequence[str] | None = None
+) -> Task:
+    """Labels, folds and what must stay together: equal bytes, equal pixels, the user's groups."""
     labels = np.array([table.examples[i].label for i in chosen], dtype=np.int64)
     groups = together(
         [table.ids[i] for i in chosen],
         [table.pixels[i] for i in chosen],
         [table.examples[i].group for i in chosen],
     )
-    return Task(labels, groups, fold_assignments(labels, groups, seed=seed), classes)
+    return Task(labels, groups, fold_assignments(labels, groups, seed=seed, names=names), classes)
 
 
-def _consistent(table: FeatureTable, labels: Sequence[str]) -> tuple[np.ndarray, tuple[LeftOut, ...]]:
+def _consistent(
+    table: FeatureTable, labels: Sequence[str], allow_empty_class: bool
+) -> tuple[np.ndarray, tuple[LeftOut, ...]]:
     """Indices of the examples to learn from: all but pictures whose pixels stand under two labels."""
     under: dict[str, dict[int, str]] = {}
     for example, pixels in zip(table.examples, table.pixels, strict=True):
         under.setdefault(pixels, {}).setdefault(example.label, example.where)
-    chosen, conflicts = [], []
+    chosen: list[int] = []
+    conflicts: list[LeftOut] = []
+    lost: dict[int, LeftOut] = {}
     for i, (example, pixels) in enumerate(zip(table.examples, table.pixels, strict=True)):
         others = [(label, where) for label, where in under[pixels].items() if label != example.label]
         if others:
@@ -264,10 +313,18 @@ def _consistent(table: FeatureTable, labels: Sequence[str]) -> tuple[np.ndarray,
                 f"{printable(labels[label])} as {printable(where)}"
             )
             conflicts.append(LeftOut(example.where, reason))
+            lost.setdefault(example.label, conflicts[-1])
         else:
             chosen.append(i)
-    if len({table.examples[i].label for i in chosen}) < len({e.label for e in table.examples}):
-        raise DataError(f"Every class must keep a picture of its own; {printable(conflicts[0].where)}: {conflicts[0].reason}.")
+    kept = {table.examples[i].label for i in chosen}
+    for label, conflict in lost.items():
+        if label not in kept and not allow_empty_class:
+            raise DataError(
+                f"Every class must keep a picture of its own; {printable(conflict.where)}: {conflict.reason}."
+            )
+    if len(kept) < 2:
+        names = ", ".join(printable(labels[label]) for label in sorted(kept)) or "none"
+        raise DataError(f"There must be at least 2 classes with pictures that can be used; found {names}.")
     return np.array(chosen, dtype=np.int64), tuple(conflicts)
 
 
@@ -275,7 +332,7 @@ def _test_data(dataset: Dataset, test: Data | None, group: str | None) -> Datase
     if test is None:
         own = subset(dataset, "test")
         return own if own.examples else None
-    given = load_data(test, allow_empty_class=True)
+    given = load_data(test, group=group, to_learn=False)
     unknown = sorted(set(given.labels) - set(dataset.labels))
     if unknown:
         raise DataError(
@@ -292,31 +349,54 @@ def _resume(folder: Path, options: dict[str, Any], dataset: Dataset, tested: Dat
     if record is None:
         return None
     before = record["options"]
-    changed = [f"{k}: {before.get(k)!r} then, {v!r} now" for k, v in options.items() if before.get(k) != v]
+    # Of a finished run it is known which pictures it saw, wherever they lie; of an interrupted one, only the place.
+    finished = record["status"] == "finished"
+    compared = [k for k in options if not (finished and k in PLACES)]
+    changed = [f"{k} was {before.get(k)!r} and is {options[k]!r}" for k in compared if before.get(k) != options[k]]
     if changed:
         raise RunError(f"{folder} holds a run with other options ({'; '.join(changed)}): choose another --out.")
-    if record["status"] != "finished":
+    if not finished:
         return None
-    now = {"train": _identity(subset(dataset, "train", "validation")), "test": _identity(tested) if tested else None}
-    if record["data"]["identity"] != now:
-        then = record["data"]["pictures"]
+    now = _identities(dataset, tested, {})
+    other = [f"{kind} pictures" for kind, was in record["data"]["identity"].items() if now[kind] != was]
+    if other:
         raise RunError(
-            f"{folder} holds a run on other pictures ({then} were there then, {len(dataset.examples)} are now, or some "
-            "changed): choose another --out; their features are kept and need not be computed again."
+            f"{folder} holds a run with other {' and '.join(other)} ({record['data']['pictures']} in all then, "
+            f"{len(dataset.examples)} now): choose another --out; features that are stored are not computed again."
         )
     return record
 
 
-def _identity(dataset: Dataset) -> str:
-    """Digest of every picture's bytes, label and split, wherever the data lie."""
-    return digest_json(sorted([_id(e), dataset.labels[e.label], e.split, e.group] for e in dataset.examples))
+def _identities(dataset: Dataset, tested: Dataset | None, known: Mapping[str, str]) -> dict[str, str | None]:
+    """Digests of every picture's bytes, label, split and group, wherever the data lie; `known` are digests by place."""
+    return {
+        "training": _identity(subset(dataset, "train", "validation"), known),
+        "test": _identity(tested, known) if tested else None,
+    }
 
 
-def _id(example: Any) -> str:
+def _identity(dataset: Dataset, known: Mapping[str, str]) -> str:
+    return digest_json(
+        sorted([known.get(e.where) or _id(e), dataset.labels[e.label], e.split, e.group] for e in dataset.examples)
+    )
+
+
+def _id(example: Example) -> str:
     try:
         return read(example).id
     except PictureError:
         return "unreadable"
+
+
+def _place(dataset: Dataset) -> str:
+    return os.path.abspath(dataset.source) if os.path.exists(dataset.source) else dataset.source
+
+
+def _given(backbone: str | nn.Module | Backbone) -> nn.Module | None:
+    """The module that a saved model needs to be loaded: one that was given in Python, which nobody else can build."""
+    if isinstance(backbone, Backbone):
+        return backbone.module if backbone.source.architecture == "custom" else None
+    return backbone if isinstance(backbone, nn.Module) else None
 
 
 def _described(backbone: nn.Module | Backbone) -> str:
@@ -351,7 +431,9 @@ def _record(
     evaluation: Evaluation | None,
     seconds: dict[str, float],
 ) -> dict[str, Any]:
-    learning = subset(dataset, "train", "validation")
+    marks = evaluation.marks if evaluation else ()
+    leaks = find_leaks(_learned(found.table, found.bench.chosen), marks)
+    known = {e.where: id for e, id in zip(found.table.examples, found.table.ids, strict=True)}
     trial, task = found.choice.trial, found.task
     probabilities = torch.softmax(trial.scores.mean(0) * trial.sharpness, 1).numpy()
     predicted = probabilities.argmax(1)
@@ -366,8 +448,9 @@ def _record(
             "used": len(task.labels),
             "per_class": np.bincount(task.labels, minlength=task.classes).tolist(),
             "grey": found.bench.grey,
-            "identity": {"train": _identity(learning), "test": _identity(tested) if tested else None},
+            "identity": _identities(dataset, tested, known),
             "left_out": [asdict(item) for item in found.problems],
+            "leaks": [leak.to_json() for leak in leaks],
             "notes": [asdict(item) for item in found.table.notes],
             "ignored": [asdict(item) for item in dataset.ignored],
             "folds": {"repeats": len(task.folds), "folds": int(task.folds.max()) + 1},

@@ -1,32 +1,70 @@
-"""record.json: what a run was asked, what it did, and what came of it."""
+"""record.json: what a run was asked, what it did, and what came of it.
+
+A run is a directory. Its record is written when it begins (`"status": "running"`, with the options) and again, whole,
+when it is finished. Knows one JSON file and what else may lie beside it, nothing of what the values mean.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 from regraft.errors import RunError
-from regraft.files import write_json
+from regraft.files import TEMPORARY_PREFIX, stale_temporaries, write_json
 
 RECORD_FILE = "record.json"
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
-    """The record of the run in `folder`, None where none was begun; RunError where it cannot be read."""
+    """The record of the run in `folder`, None where none was begun.
+
+    Raises RunError where the record cannot be read, or where the folder holds something else.
+    """
     path = folder / RECORD_FILE
-    if not path.exists():
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise RunError(f"{folder} must be empty, new, or a run of regraft; it holds other files: choose another --out.")
+    try:
+        data = path.read_bytes()
+    except OSError as e:
+        _check_free(folder, e)
         return None
     try:
-        record: dict[str, Any] = json.loads(path.read_bytes())
-        record["status"], record["options"]
-    except (ValueError, KeyError, TypeError) as e:
-        raise RunError(f"{path} must be a record of regraft; it cannot be read ({e}): choose another --out.") from e
+        record: dict[str, Any] = json.loads(data)
+        record["status"], record["options"].items()
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        raise RunError(
+            f"{path} must be the record of a run, and cannot be read ({type(e).__name__}): choose another --out, or "
+            "remove it."
+        ) from e
     return record
 
 
 def write_record(folder: Path, record: dict[str, Any]) -> None:
-    """Write the record whole, or leave the old one."""
-    write_json(folder / RECORD_FILE, record)
+    """Write the record whole, or leave the old one; what killed writers left beside it is removed.
+
+    Raises RunError where the folder cannot be written to.
+    """
+    try:
+        write_json(folder / RECORD_FILE, record)
+    except OSError as e:
+        raise RunError(f"{folder} must be a folder that can be written to ({e.strerror}): choose another --out.") from e
+    for left in stale_temporaries(folder):
+        with contextlib.suppress(OSError):
+            left.unlink()
+
+
+def _check_free(folder: Path, refusal: OSError) -> None:
+    """Raise unless the folder is absent, or empty but for what a killed writer left."""
+    try:
+        names = [name for name in os.listdir(folder) if not name.startswith(TEMPORARY_PREFIX)]
+    except FileNotFoundError:
+        return
+    except OSError as e:
+        raise RunError(f"{folder} must be a folder that can be read ({e.strerror}): choose another --out.") from e
+    if RECORD_FILE in names:
+        raise RunError(
+            f"{folder / RECORD_FILE} must be readable ({refusal.strerror}): choose another --out."
+        ) from refusal
+    if names:
+        raise RunError(f"{folder} must be new, empty or a run; it holds other files: choose another --out.")

@@ -1,16 +1,428 @@
-"""report.html: one offline file that shows a run."""
+"""report.html: one file that shows a run to the person who asked for it, opened from the disk, offline.
+
+Python here works out what is said and where it is drawn (plain numbers in frozen dataclasses); the words, the markup
+and the looks are in `templates/`. Every text is made printable and escaped on its way into the page, so labels and file
+names may hold anything. No scripts, nothing from outside: the page forbids both to itself.
+Knows the record of a run, nothing of networks or training. Not covered: comparing several runs.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import base64
+import io
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from PIL import Image
+
+from regraft.data import printable
+from regraft.files import write_atomic
 
 REPORT_FILE = "report.html"
 
+THUMBNAIL = 112
+"""Longer side of a thumbnail, in pixels."""
+LISTED = 50
+"""Of files that were left out, so many are named; the others are counted."""
+MATRIX_CLASSES = 30
+"""With more classes the confusion table gives way to the pairs that are confused most."""
+PAIRS = 20
+WEAKEST = 20
 
-def write_report(path: Path, record: dict[str, Any], pixels: Callable[[str], np.ndarray | None]) -> None:
-    """Write the report of a record; `pixels` gives uint8 (H, W, C) of a picture that the record names."""
-    path.write_text("<html></html>")
+INPUT = "input"
+PHASES = {
+    "prepare": "finding the pictures, loading and following the network",
+    "features": "features: the frozen part, once per picture",
+    "probes": "probes: heads at every cut, cross-validated",
+    "head": "final head, saving the model",
+    "test": "testing the saved model",
+    "other": "everything else",
+}
+Pixels = Callable[[str], npt.NDArray[np.uint8] | None]
+
+
+def write_report(path: Path, record: Mapping[str, Any], pixels: Pixels) -> None:
+    """Write the report of a finished run, whole or not at all.
+
+    record: the document of record.json; pixels: uint8 (H, W, 1 or 3) of a picture that its `worst` lists name, or None
+    where it cannot be read. Raises RegraftError when the disk is full.
+    """
+    write_atomic(path, [render(record, pixels).encode("utf-8")])
+
+
+def render(record: Mapping[str, Any], pixels: Pixels) -> str:
+    """The page as text, free of surrogates and control characters; arguments as for `write_report`."""
+    environment = Environment(
+        loader=PackageLoader("regraft"),
+        autoescape=True,
+        finalize=_visible,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    judged = judge(record)
+    rows = class_rows(judged, dict(zip(record["data"]["labels"], record["data"]["per_class"], strict=True)))
+    drawn = {
+        "network": network_name(record["curve"]["backbone"]),
+        "majority": majority(record["data"]),
+        "plot": plot_curve(record["curve"], record["chosen"]["name"], majority(record["data"])["share"]),
+        "spans": spans(record["seconds"]),
+        "judged": judged,
+        "rows": rows,
+        "weakest": WEAKEST if len(rows) > MATRIX_CLASSES else len(rows),
+        "pairs": confused_pairs(judged, PAIRS) if len(rows) > MATRIX_CLASSES else None,
+        "worst": [(item, thumbnail(pixels(item["where"]))) for item in judged.worst],
+        "left_out": left_out(record),
+        "listed": LISTED,
+    }
+    return environment.get_template("report.html.j2").render({**record, **drawn})
+
+
+def network_name(backbone: Mapping[str, Any]) -> str:
+    """What to call the backbone in a sentence."""
+    name = "your own network" if backbone["architecture"] == "custom" else str(backbone["architecture"])
+    return name if backbone["pretrained"] else f"{name} with random weights"
+
+
+def majority(data: Mapping[str, Any]) -> dict[str, Any]:
+    """The largest class among the pictures learned from and its share: what a constant answer would score."""
+    counts = data["per_class"]
+    return {"label": data["labels"][counts.index(max(counts))], "share": max(counts) / data["used"]}
+
+
+# --- where the time went ---
+
+
+@dataclass(frozen=True)
+class Span:
+    """One phase of the run; start and share are fractions of the whole time."""
+
+    name: str
+    what: str
+    seconds: float
+    start: float
+    share: float
+
+
+def spans(seconds: Mapping[str, float]) -> list[Span]:
+    """The phases in order of time; what `total` holds beyond them comes last, as `other`."""
+    parts = {name: s for name, s in seconds.items() if name != "total"}
+    parts["other"] = max(0.0, seconds["total"] - sum(parts.values()))
+    whole = sum(parts.values()) or 1.0
+    found: list[Span] = []
+    for name, s in parts.items():
+        start = found[-1].start + found[-1].share if found else 0.0
+        found.append(Span(name, PHASES.get(name, name), s, start, s / whole))
+    return found
+
+
+# --- classes ---
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What the classes are judged by: the test pictures where there are any, else the predictions out of fold.
+
+    confusion: counts (true, predicted).
+    """
+
+    on_test: bool
+    labels: Sequence[str]
+    confusion: Sequence[Sequence[int]]
+    worst: Sequence[Mapping[str, Any]]
+
+    @property
+    def pictures(self) -> int:
+        """How many pictures were judged."""
+        return sum(map(sum, self.confusion))
+
+    @property
+    def where(self) -> str:
+        """The same in words."""
+        return f"the {self.pictures:,} test pictures" if self.on_test else f"{self.pictures:,} pictures out of fold"
+
+
+@dataclass(frozen=True)
+class ClassRow:
+    """One class; recall and precision are None where they are not defined. learned: pictures learned from."""
+
+    label: str
+    learned: int
+    support: int
+    recall: float | None
+    precision: float | None
+
+
+@dataclass(frozen=True)
+class Pair:
+    """How often one class was taken for another; share: of the true class."""
+
+    label: str
+    predicted: str
+    count: int
+    share: float
+
+
+def judge(record: Mapping[str, Any]) -> Judged:
+    """The results that the report shows by class and by picture."""
+    test = record["test"]
+    if test is None:
+        return Judged(False, record["data"]["labels"], record["chosen"]["confusion"], record["chosen"]["worst"])
+    return Judged(True, test["labels"], test["confusion"], test["worst"])
+
+
+def class_rows(judged: Judged, learned: Mapping[str, int]) -> list[ClassRow]:
+    """All classes, lowest recall first; those without a picture to judge by come last."""
+    said = [sum(column) for column in zip(*judged.confusion, strict=True)]
+    rows = []
+    for i, label in enumerate(judged.labels):
+        right, support = judged.confusion[i][i], sum(judged.confusion[i])
+        recall = right / support if support else None
+        rows.append(ClassRow(label, learned.get(label, 0), support, recall, right / said[i] if said[i] else None))
+    return sorted(rows, key=lambda row: (row.recall is None, row.recall or 0.0, -row.support))
+
+
+def confused_pairs(judged: Judged, most: int) -> list[Pair]:
+    """The pairs of classes that are confused most often, at most `most` of them."""
+    pairs = [
+        Pair(judged.labels[i], judged.labels[j], count, count / sum(row))
+        for i, row in enumerate(judged.confusion)
+        for j, count in enumerate(row)
+        if i != j and count
+    ]
+    return sorted(pairs, key=lambda pair: (-pair.count, -pair.share))[:most]
+
+
+# --- what was left out ---
+
+
+@dataclass(frozen=True)
+class Listing:
+    """Files of one fate: (where, what about it)."""
+
+    title: str
+    meaning: str
+    files: tuple[tuple[str, str], ...]
+
+
+def left_out(record: Mapping[str, Any]) -> list[Listing]:
+    """Everything that was found and not used as one might think, by what became of it."""
+    data, test = record["data"], record["test"]
+
+    def files(items: Sequence[Mapping[str, str]]) -> tuple[tuple[str, str], ...]:
+        return tuple((item["where"], item["reason"]) for item in items)
+
+    found = [
+        Listing(
+            "Pictures not learned from", "Unreadable, or the same picture under two labels.", files(data["left_out"])
+        )
+    ]
+    if test is not None:
+        leaks = tuple((leak["tested"], f"same {leak['equal']} as {leak['learned']}") for leak in data["leaks"])
+        found += [
+            Listing("Test pictures not judged", "They could not be read.", files(test["left_out"])),
+            Listing(
+                "Test pictures learned from too", "They stayed in the test; take them out to have a clean one.", leaks
+            ),
+        ]
+    return [
+        *found,
+        Listing("Used with a remark", "Read and used, though not all that the file holds.", files(data["notes"])),
+        Listing("Files passed over", "Not taken for pictures.", files(data["ignored"])),
+    ]
+
+
+# --- the depth curve; lengths are units of the drawing, about one pixel on a wide screen ---
+
+WIDTH, LEFT, RIGHT, TOP, HEIGHT = 960, 64, 24, 46, 290
+COLUMN = 44  # for each head on several cuts, right of the curve
+BELOW = 30  # numbers of the depth axis
+ROW = 18  # one line of dots: which cuts a head on several reads
+LEADER = 24  # from the axis, or the last of these lines, to the cuts' names
+NAME_GAP = 15.0
+NAME_LONGEST = 22
+SLANT = 55  # degrees
+LETTER_WIDTH = 6.3
+
+
+@dataclass(frozen=True)
+class Point:
+    """A score on the drawing. short: the name as it fits under the axis; mark: the letter of a head on several cuts;
+    members: x of the cuts that such a head reads; row: y of their line of dots."""
+
+    name: str
+    short: str
+    mark: str
+    depth: int
+    score: float
+    low: float
+    high: float
+    recommended: bool
+    x: float
+    y: float
+    y_low: float
+    y_high: float
+    name_x: float
+    members: tuple[float, ...] = ()
+    row: float = 0.0
+
+
+@dataclass(frozen=True)
+class Plot:
+    """The drawing of a curve: its size, the frame of the curve inside it, ticks as (place, text), and the points.
+
+    majority: y of what a constant answer scores, None where that lies outside the drawing.
+    """
+
+    width: int
+    height: float
+    left: float
+    right: float
+    top: float
+    bottom: float
+    across: tuple[tuple[float, str], ...]
+    along: tuple[tuple[float, str], ...]
+    cuts: tuple[Point, ...]
+    several: tuple[Point, ...]
+    names_y: float
+    slant: int
+    majority: float | None
+
+    @property
+    def line(self) -> str:
+        """The curve through the scores, as points of an SVG polyline."""
+        return " ".join(f"{p.x},{p.y}" for p in self.cuts)
+
+    @property
+    def band(self) -> str:
+        """The outline of the intervals, as points of an SVG polygon."""
+        upper = [f"{p.x},{p.y_high}" for p in self.cuts]
+        return " ".join(upper + [f"{p.x},{p.y_low}" for p in reversed(self.cuts)])
+
+
+def plot_curve(curve: Mapping[str, Any], chosen: str, constant: float) -> Plot:
+    """Where everything lies when scores in percent are drawn against depth.
+
+    curve: as in the record; chosen: name of the recommended point; constant: the score of a constant answer.
+    """
+    cuts, several = curve["cuts"], curve["several"]
+    right = WIDTH - RIGHT - COLUMN * len(several)
+    deepest: int = max(max(c["depth"] for c in cuts), 1)
+    levels = ticks(100 * min(p["low"] for p in cuts + several), 100 * max(p["high"] for p in cuts + several))
+    bottom = TOP + HEIGHT
+    names_y = bottom + BELOW + ROW * len(several) + LEADER
+
+    def x(depth: float) -> float:
+        return round(LEFT + (right - LEFT) * depth / deepest, 1)
+
+    def y(score: float) -> float:
+        return round(TOP + HEIGHT * (levels[-1] - 100 * score) / (levels[-1] - levels[0]), 1)
+
+    def point(c: Mapping[str, Any], at: float, name_x: float, short: str, mark: str = "") -> Point:
+        y_of = (y(c["score"]), y(c["low"]), y(c["high"]))
+        recommended = c["name"] == chosen
+        facts = (c["name"], short, mark, c["depth"], c["score"], c["low"], c["high"], recommended)
+        return Point(*facts, at, *y_of, name_x)
+
+    named = spread([x(c["depth"]) for c in cuts], NAME_GAP, WIDTH - RIGHT - COLUMN * len(several))
+    points = tuple(
+        point(c, x(c["depth"]), at, shortened(c["name"], NAME_LONGEST)) for c, at in zip(cuts, named, strict=True)
+    )
+    place = {p.name: p.x for p in points}
+    heads = []
+    for i, c in enumerate(several):
+        at = right + COLUMN * (i + 0.75)
+        parts = c["name"].split("+")
+        head = point(c, at, at, f"{len(parts)} cuts", chr(ord("A") + i))
+        members = tuple(place[name] for name in parts if name in place)
+        heads.append(replace(head, members=members, row=bottom + BELOW + ROW * (i + 0.5)))
+    longest = max(len(p.short) for p in points)
+    return Plot(
+        width=WIDTH,
+        height=names_y + 40 + math.ceil(longest * LETTER_WIDTH * math.sin(math.radians(SLANT))),
+        left=LEFT,
+        right=right,
+        top=TOP,
+        bottom=bottom,
+        across=tuple((y(level / 100), f"{level} %") for level in levels),
+        along=tuple((x(depth), str(depth)) for depth in ticks(0, deepest, 10) if depth <= deepest),
+        cuts=points,
+        several=tuple(heads),
+        names_y=names_y,
+        slant=SLANT,
+        majority=y(constant) if levels[0] <= 100 * constant <= levels[-1] else None,
+    )
+
+
+def ticks(low: float, high: float, most: int = 7) -> list[int]:
+    """Whole numbers at equal steps of 1, 2 or 5 times a power of ten, from at most `low` to at least `high`."""
+    steps = (digit * 10**power for power in range(9) for digit in (1, 2, 5))
+    step = next(s for s in steps if math.ceil(high / s) - math.floor(low / s) < most)
+    first, last = math.floor(low / step), math.ceil(high / step)
+    return [step * i for i in range(first, max(last, first + 1) + 1)]
+
+
+def spread(places: Sequence[float], gap: float, most: float) -> list[float]:
+    """Places in order, moved as little as needed to lie `gap` apart, the last at `most` or below.
+
+    The mean of pushing every crowd to the right and pushing it to the left: both keep the gap, so their mean does.
+    """
+    pushed_right: list[float] = []
+    for place in places:
+        pushed_right.append(max(place, pushed_right[-1] + gap) if pushed_right else place)
+    pushed_left: list[float] = []
+    for place in reversed(places):
+        pushed_left.append(min(place, pushed_left[-1] - gap) if pushed_left else place)
+    found: list[float] = []
+    for a, b in zip(reversed(pushed_right), pushed_left, strict=True):
+        found.append(min((a + b) / 2, found[-1] - gap if found else most))
+    return [round(place, 1) for place in reversed(found)]
+
+
+def shortened(text: str, longest: int) -> str:
+    """The text with its middle left out where it is longer than `longest`; the end tells more, so it keeps more."""
+    if len(text) <= longest:
+        return text
+    start = longest // 3
+    return f"{text[:start]}…{text[len(text) - (longest - start - 1) :]}"
+
+
+# --- pictures ---
+
+
+@dataclass(frozen=True)
+class Thumbnail:
+    """A small picture as a data URI; tiny: so small that it is enlarged with its pixels left sharp."""
+
+    uri: str
+    tiny: bool
+
+
+def thumbnail(pixels: npt.NDArray[np.uint8] | None) -> Thumbnail | None:
+    """A picture uint8 (H, W, 1 or 3) made at most THUMBNAIL wide and high, as PNG or JPEG, whichever is smaller."""
+    if pixels is None:
+        return None
+    image = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
+    tiny = max(image.size) <= THUMBNAIL // 2
+    image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
+    encoded = {"png": _encoded(image, "PNG"), "jpeg": _encoded(image, "JPEG")}
+    kind, data = min(encoded.items(), key=lambda item: len(item[1]))
+    return Thumbnail(f"data:image/{kind};base64,{base64.b64encode(data).decode('ascii')}", tiny)
+
+
+def _encoded(image: Image.Image, kind: str) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, optimize=True, quality=82)
+    return file.getvalue()
+
+
+def _visible(value: Any) -> Any:
+    """What the template puts into the page: all that is not markup already, made printable (then it is escaped)."""
+    return value if isinstance(value, Markup) else printable(str(value))

@@ -20,8 +20,7 @@ from regraft.probe import Bench, Task, Trial, next_start, probe_cut, probe_sever
 from regraft.scores import Interval, bootstrap_interval, paired_difference
 
 SEVERAL = 4
-STEP = 3
-MOST = 6
+STEP = 2
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class Choice:
 def run_trials(
     bench: Bench, task: Task, cuts: Sequence[tuple[str, int]], progress: Callable[[Trial], None] = lambda trial: None
 ) -> tuple[Trial, ...]:
-    """A trial for the raw input, for every cut (name, depth), and for two heads on several cuts."""
+    """A trial for the raw input, for every cut (name, depth), and for heads on several cuts, as they are and as roots."""
     trials: list[Trial] = []
 
     def add(trial: Trial) -> Trial:
@@ -55,9 +54,13 @@ def run_trials(
     last: Trial | None = None
     for name, depth in cuts:
         last = add(probe_cut(bench, task, name, depth, *([next_start(last)] if last else [])))
+    singles = sorted((t for t in trials if t.name != INPUT), key=lambda t: t.log_loss)
     depth_of = dict(cuts)
-    for names in _several([t for t in trials if t.name != INPUT]):
-        add(probe_several(bench, task, names, max(depth_of[name] for name in names)))
+    for names in _several(singles):
+        best_first = [t.name for t in singles if t.name in names]
+        depth, start = max(depth_of[name] for name in names), next_start(singles[0])
+        for root in (False, True):
+            add(probe_several(bench, task, names, best_first, depth, root=root, start=start))
     return tuple(trials)
 
 
@@ -79,7 +82,9 @@ def choose(trials: Sequence[Trial], task: Task) -> Choice:
         if picked is not best:
             reason += f"; {picked.name} is as good within the noise and has the least log-loss"
     else:
-        reason = f"transfer does not help here: {best.name} is {_points(gain)} better than the raw input, within the noise"
+        reason = (
+            f"transfer does not help here: {best.name} is {_points(gain)} better than the raw input, within the noise"
+        )
     return Choice(picked, best, score, gain, helps, reason)
 
 
@@ -103,15 +108,12 @@ def _rule(trials: Sequence[Trial], groups: np.ndarray, where: np.ndarray) -> tup
     return trials[picked if gain.low > 0 else at_input], trials[best], gain
 
 
-def _several(trials: Sequence[Trial]) -> list[list[str]]:
-    """Cuts for the heads on several: the best few by log-loss, and some spread from the deepest downwards."""
-    names = [t.name for t in trials]
-    if len(names) < 2:
-        return []
-    best = sorted(sorted(trials, key=lambda t: t.log_loss)[:SEVERAL], key=lambda t: t.depth)
-    spread = names[::-1][::STEP][:MOST][::-1]
-    unique = {tuple(t.name for t in best), tuple(spread)}
-    return [list(group) for group in sorted(unique, key=len) if len(group) > 1]
+def _several(best_first: Sequence[Trial]) -> list[list[str]]:
+    """Cuts for the heads on several: the best few by log-loss, and every second one down from the deepest."""
+    by_depth = sorted(best_first, key=lambda t: t.depth)
+    best = sorted(best_first[:SEVERAL], key=lambda t: t.depth)
+    groups = {tuple(t.name for t in group) for group in (best, by_depth[::-1][::STEP][::-1])}
+    return [list(group) for group in sorted(groups, key=len) if len(group) > 1]
 
 
 def _points(gain: Interval) -> str:

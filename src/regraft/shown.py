@@ -105,7 +105,8 @@ def _after(drafts: Sequence[Draft], finished: Sequence[Draft], module: nn.Module
     """After the last block: the last value before pooling, the pooled vector, the last vector."""
     maps = [d.place for d in finished if d.place > last and prod(d.shape) > max(d.shape)]
     vectors = [d.place for d in drafts if d.place > last and d.vector and not _is_dropout(d, module)]
-    return {*maps[-1:], *vectors[:1], *[d.place for d in finished if d.place in vectors][-1:]}
+    pooled = [] if all(d.vector for d in drafts) else vectors[:1]
+    return {*maps[-1:], *pooled, *[d.place for d in finished if d.place in vectors][-1:]}
 
 
 def _spread(chosen: set[int], pool: Collection[int], most: int) -> set[int]:

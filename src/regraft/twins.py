@@ -67,9 +67,7 @@ def _twin(module: nn.Module, known: dict[int, nn.Module]) -> nn.Module:
     if id(module) in known:
         return known[id(module)]
     double = known[id(module)] = module.__class__.__new__(module.__class__)
-    double.__dict__.update(
-        {key: value.copy() if "_hooks" in key else value for key, value in module.__dict__.items()}
-    )
+    double.__dict__.update({key: value.copy() if "_hooks" in key else value for key, value in module.__dict__.items()})
     for key, value in module.__dict__.items():
         if isinstance(value, MethodType) and value.__self__ is module:  # a `forward` replaced on the instance
             double.__dict__[key] = MethodType(value.__func__, double)
