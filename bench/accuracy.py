@@ -57,7 +57,9 @@ def measure(data: Path, name: str, seeds: int) -> dict[str, object]:
         error.append(run.record["test"]["calibration_error"])
         chosen.append(run.record["chosen"]["name"])
         pictures = run.record["test"]["pictures"]
-        print(name, seed, f"test {found[-1]:.4f} stated {stated[-1]:.4f} in {seconds[-1]:.1f} s:", chosen[-1], flush=True)
+        print(
+            name, seed, f"test {found[-1]:.4f} stated {stated[-1]:.4f} in {seconds[-1]:.1f} s:", chosen[-1], flush=True
+        )
     return {
         "set": name,
         "test": statistics.mean(found),

@@ -52,8 +52,8 @@ def main() -> None:
         accuracy = max(float((s[0].argmax(1).numpy() == labels).mean()) for s in path.scores.values())
         line = (
             f"\n## Memory, {datetime.date.today()}\n\n{options.pictures} x {options.dim} float16: probed in "
-            f"{time.perf_counter() - started:.0f} s, peak {(peak() - before) / 1e9:.2f} GB above the {before / 1e9:.2f} GB "
-            f"before it ({len(path.scores)} strengths, accuracy {accuracy:.3f})."
+            f"{time.perf_counter() - started:.0f} s, peak {(peak() - before) / 1e9:.2f} GB above the "
+            f"{before / 1e9:.2f} GB before it ({len(path.scores)} strengths, accuracy {accuracy:.3f})."
         )
     print(line)
     with RESULTS.open("a") as f:

@@ -26,13 +26,13 @@ def store(tmp_path, monkeypatch):
     return tmp_path / "store"
 
 
-@pytest.fixture()
+@pytest.fixture
 def tiny_backbone():
     """A network of 3 stages and 8 channels for 32 x 32 pictures."""
     return tiny.TinyNet()
 
 
-@pytest.fixture()
+@pytest.fixture
 def tiny_images(tmp_path):
     """A folder of 24 pictures in 3 classes that the tiny network tells apart and raw pixels do not."""
     return tiny.write_pictures(tmp_path / "pictures")
@@ -40,7 +40,7 @@ def tiny_images(tmp_path):
 
 @pytest.fixture(scope="session")
 def real_run(tmp_path_factory):
-    """One fit on the default backbone by the command line in a process of its own: (folder, its pictures, its output)."""
+    """A fit on the default backbone by the command line in a process of its own: (run, its pictures, the process)."""
     place = tmp_path_factory.mktemp("real")
     data = place / "pictures"
     tiny.write_pictures(data / "train", each=10)

@@ -56,7 +56,9 @@ def test_a_run_holds_these_files_and_no_pickle(run):
     folder = run[0].folder
     assert sorted(p.name for p in folder.iterdir()) == [MANIFEST_FILE, WEIGHTS_FILE, "record.json", "report.html"]
     manifest = json.loads((folder / MANIFEST_FILE).read_bytes())
-    assert {"labels", "preprocess", "backbone", "cut", "head", "licence", "numerics", "weights", "digest"} <= set(manifest)
+    assert {"labels", "preprocess", "backbone", "cut", "head", "licence", "numerics", "weights", "digest"} <= set(
+        manifest
+    )
     assert manifest["labels"] == list(tiny.CLASSES)
     assert manifest["numerics"]["kernels"].startswith("torch")
     assert b"pickle" not in (folder / WEIGHTS_FILE).read_bytes()[:4096]
@@ -109,7 +111,11 @@ def test_a_process_that_never_trained_gives_the_same_bits_without_the_code_that_
     items = sorted(map(str, data.rglob("*.png")))[::5]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(SOURCES), str(Path(__file__).parent)])}
     done = subprocess.run(
-        [sys.executable, "-c", PREDICT, fitted.folder, *items], capture_output=True, text=True, env=environment, check=False
+        [sys.executable, "-c", PREDICT, fitted.folder, *items],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     here = [" ".join([p.label, *(v.hex() for _, v in p.ranked)]) for p in fitted.model.predict(items)]
@@ -306,7 +312,11 @@ def test_a_processor_with_fewer_instructions_gives_the_same_labels_and_probabili
         "ATEN_CPU_CAPABILITY": "avx2",
     }
     done = subprocess.run(
-        [sys.executable, "-c", PREDICT, fitted.folder, *items], capture_output=True, text=True, env=environment, check=False
+        [sys.executable, "-c", PREDICT, fitted.folder, *items],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     for line, here in zip(done.stdout.splitlines(), fitted.model.predict(items), strict=True):

@@ -143,6 +143,17 @@ def test_lower_holds_nothing_that_only_upper_needs() -> None:
     assert set(upper.state_dict()) == {"table", "b.weight", "b.bias"}
 
 
+def test_upper_returns_what_the_network_returns_in_the_same_form() -> None:
+    def work(self: nn.Module, x: torch.Tensor) -> object:
+        x = self.a(x)
+        return {"scores": self.b(x), "rest": [x, (x + 1, 2)]}
+
+    module = Root(work, a=nn.Linear(4, 4), b=nn.Linear(4, 2))
+    lower, upper = split(trace(module, torch.zeros(1, 4)), "a")
+    x = torch.randn(3, 4)
+    assert repr(upper(lower(x))) == repr(module(x))
+
+
 def test_there_is_no_cut_where_examples_are_mixed() -> None:
     def work(self: nn.Module, x: torch.Tensor) -> object:
         x = self.a(x)

@@ -408,7 +408,8 @@ def test_groups_are_searched_inside_the_class_folder_only(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("pattern", "said"), [("x-", "must have a bracket"), ("(x", "must be a regular expression"), ("(q)", "matches none")]
+    ("pattern", "said"),
+    [("x-", "must have a bracket"), ("(x", "must be a regular expression"), ("(q)", "matches none")],
 )
 def test_a_pattern_without_use_gets_one_sentence(tmp_path, pattern, said):
     put(tmp_path, "a/x-1.png", "b/x-2.png")

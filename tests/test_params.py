@@ -35,14 +35,20 @@ class Noisy(nn.Module):
 NETWORKS = {
     "drop path in a resnet": (lambda: timm.create_model("resnet18", drop_path_rate=0.5, num_classes=4), "layer3"),
     "dropout by hand": (Noisy, "low"),
-    "efficientnet lite0": (lambda: timm.create_model("tf_efficientnet_lite0", drop_path_rate=0.5, num_classes=4), "blocks.3"),
+    "efficientnet lite0": (
+        lambda: timm.create_model("tf_efficientnet_lite0", drop_path_rate=0.5, num_classes=4),
+        "blocks.3",
+    ),
 }
 
 
 def made(make, cut, seed):
     torch.manual_seed(seed)
     module = make()
-    with torch.no_grad():  # running statistics that are not the trivial ones
+    with torch.no_grad():  # statistics and scales that are not the trivial ones: a scale of 0 would hide drop path
+        for norm in module.modules():
+            if isinstance(norm, nn.BatchNorm2d):
+                norm.weight.uniform_(0.5, 1.5)
         module.train()(torch.randn(8, 3, SIZE, SIZE))
     lower, upper = split(trace(module.eval(), torch.zeros(2, 3, SIZE, SIZE)), cut)
     return nn.Sequential(freeze(lower), upper)
@@ -99,7 +105,7 @@ def test_a_frozen_part_stays_bit_identical_through_training_validation_and_resum
 def test_the_frozen_networks_draw_noise_when_they_are_not_frozen():
     for make, cut in NETWORKS.values():
         lower = made(make, cut, seed=0)[0].module.train()
-        x = torch.randn(3, 3, SIZE, SIZE)
+        x = torch.randn(8, 3, SIZE, SIZE)
         assert not torch.equal(lower(x), lower(x))
 
 

@@ -27,7 +27,7 @@ def run(tmp_path_factory):
     return regraft.fit(data, tiny.TinyNet(), example=tiny.EXAMPLE, out=place / "run", store=store), data
 
 
-@pytest.fixture()
+@pytest.fixture
 def fresh(tmp_path):
     """Twelve other pictures of the same classes."""
     return tiny.write_pictures(tmp_path / "fresh", draw=tiny.colours, each=4, seed=9)
@@ -77,7 +77,9 @@ def test_labels_are_matched_by_name_whatever_their_order_in_the_data(run, fresh)
         dataset.labels[::-1],
         tuple(type(e)(**{**vars(e), "label": 2 - e.label}) for e in dataset.examples),
     )
-    assert evaluate_model(run[0].model, turned).accuracy.score == evaluate_model(run[0].model, dataset).accuracy.score == 1
+    assert (
+        evaluate_model(run[0].model, turned).accuracy.score == evaluate_model(run[0].model, dataset).accuracy.score == 1
+    )
     shutil.rmtree(fresh / "ant")
     assert evaluate(run[0].model, fresh).accuracy.score == 1
 

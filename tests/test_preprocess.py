@@ -75,13 +75,13 @@ def reference(pixels: np.ndarray, facts: dict[str, Any]) -> torch.Tensor:
     return transform(image.convert("L" if config["input_size"][0] == 1 else "RGB"))
 
 
-def differences(pixels: np.ndarray, case: str) -> torch.Tensor:
+def prepared(pixels: np.ndarray, case: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The picture as we prepare it and as timm does, for the network of that name or with those changes."""
     facts = facts_of(case)
     spec = preprocess_of(Stated(facts))
-    found, expected = fit_to_size(pixels, spec), reference(pixels, facts)
-    assert found.dtype == torch.uint8
-    assert found.shape == expected.shape == (spec.channels, *spec.size)
-    return (found.int() - expected.int()).abs().float()
+    found = fit_to_size(pixels, spec)
+    assert found.shape == (spec.channels, *spec.size)
+    return found, reference(pixels, facts)
 
 
 def coloured(height: int, width: int) -> np.ndarray:
@@ -96,20 +96,17 @@ def grey(height: int, width: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("case", [*NETWORKS, *CHANGES])
-def test_pictures_of_any_size_are_those_of_the_evaluation_transform(case: str) -> None:
-    found = [differences(coloured(*size), case) for size in SIZES]
-    print(f"{case}: largest {max(float(d.max()) for d in found):.0f}, mean {max(float(d.mean()) for d in found):.4f}")
-    for size, difference in zip(SIZES, found, strict=True):
-        assert float(difference.max()) <= 1, size
-        assert float(difference.mean()) <= 0.01, size
+def test_pictures_of_any_size_are_exactly_those_of_the_evaluation_transform(case: str) -> None:
+    for size in SIZES:
+        found, expected = prepared(coloured(*size), case)
+        assert torch.equal(found, expected), size
 
 
 @pytest.mark.parametrize("case", ["resnet18.tv_in1k", "framed", "stretched and cropped", "one channel, framed"])
 @pytest.mark.parametrize("size", [(90, 120), (300, 260), (8, 8)])
-def test_grey_pictures_are_those_of_the_evaluation_transform(case: str, size: tuple[int, int]) -> None:
-    difference = differences(grey(*size), case)
-    assert float(difference.max()) <= 1
-    assert float(difference.mean()) <= 0.01
+def test_grey_pictures_are_exactly_those_of_the_evaluation_transform(case: str, size: tuple[int, int]) -> None:
+    found, expected = prepared(grey(*size), case)
+    assert torch.equal(found, expected)
 
 
 def test_normalised_values_are_those_of_the_evaluation_transform() -> None:
@@ -164,7 +161,7 @@ def test_stretching_an_extreme_shape_keeps_both_its_ends() -> None:
     pixels = np.zeros((2, 20_000, 1), np.uint8)
     pixels[:, :5_000], pixels[:, -5_000:] = 50, 200
     found = fit_to_size(pixels, plain_spec(8, 8, 1))[0, 0]
-    assert found[[0, 1, 3, 4, 6, 7]].tolist() == pytest.approx([50, 50, 0, 0, 200, 200], abs=12)
+    assert found[[0, 1, 3, 4, 6, 7]].tolist() == pytest.approx([50, 50, 0, 0, 200, 200], abs=20)
 
 
 def test_centre_of_an_extreme_shape_is_what_is_kept_where_the_shortest_edge_rules() -> None:

@@ -96,14 +96,20 @@ def a_record(classes: int = 3, test: bool = True, chosen: str = "b+c") -> Record
                 "licence": "Apache-2.0",
             },
             "cuts": cuts,
-            "several": [a_point("b+c", 40, 0.87), a_point("a+c", 40, 0.85)],
+            "several": [a_point("b+c", 40, 0.87), a_point("a+c (roots)", 40, 0.85)],
             "recommended": chosen,
             "transfer_helps": chosen != "input",
             "reason": "transfer helps: c is +36.0 points (+30.0 to +42.0) better than the raw input",
             "gain": {"score": 0.36, "low": 0.30, "high": 0.42},
             "seconds": seconds,
         },
-        "chosen": {"name": chosen, "cuts": chosen.split("+"), "strength": 0.1, "score": score, "own_score": score}
+        "chosen": {
+            "name": chosen,
+            "cuts": chosen.removesuffix(" (roots)").split("+"),
+            "strength": 0.1,
+            "score": score,
+            "own_score": score,
+        }
         | results,
         "test": judged | results | {"labels": labels, "left_out": []} if test else None,
         "forward_passes": used,
@@ -302,7 +308,7 @@ def test_a_test_that_was_learned_from_is_announced_beside_the_verdict() -> None:
 # --- the curve ---
 
 
-@pytest.mark.parametrize("chosen", ["input", "b", "c", "b+c", "a+c"])
+@pytest.mark.parametrize("chosen", ["input", "b", "c", "b+c", "a+c (roots)"])
 def test_exactly_the_recommended_point_is_marked(chosen: str) -> None:
     page = page_of(a_record(chosen=chosen))
     marks = page.with_class("cut") + page.with_class("head")
@@ -336,7 +342,11 @@ def test_heads_on_several_cuts_stand_apart_and_show_which_cuts_they_read() -> No
     x = {p.name: p.x for p in plot.cuts}
     assert first.members == (x["b"], x["c"])
     assert second.members == (x["a"], x["c"])
-    assert (first.mark, second.mark) == ("A", "B")
+    assert (first.mark, first.parts, first.note) == ("A", ("b", "c"), "")
+    assert (second.mark, second.parts, second.note) == ("B", ("a", "c"), "roots")
+    text = page_of(a_record()).text
+    assert "A: one head on 2 cuts at once: b, c. B: one head on 2 cuts at once (roots): a, c." in text
+    assert "Roots: the head sees the signed square roots" in text
 
 
 def test_a_curve_without_heads_on_several_cuts_uses_the_whole_width() -> None:

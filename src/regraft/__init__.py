@@ -1,7 +1,7 @@
 """Reuse the right number of layers of a pretrained network on your own few examples.
 
-    run = regraft.fit("photos/", out="run/")
-    run.model.predict(["cat.jpg"])
+run = regraft.fit("photos/", out="run/")
+run.model.predict(["cat.jpg"])
 """
 
 from __future__ import annotations

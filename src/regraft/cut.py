@@ -18,9 +18,9 @@ from torch import fx, nn
 
 from regraft.errors import CutError
 from regraft.graph import Cut, Trace, find_cut
-from regraft.observe import Depends
-from regraft.rebuild import Again, Axis, Fixed, Recipe, Same, Sizes, Trait, reachable, recipes
-from regraft.twins import runnable
+from regraft.graph.observe import Depends
+from regraft.graph.rebuild import Again, Axis, Fixed, Recipe, Same, Sizes, Trait, reachable, recipes
+from regraft.graph.twins import runnable
 
 if TYPE_CHECKING:
     from regraft.backbone import Backbone

@@ -89,7 +89,7 @@ def run_frozen(frozen: FrozenLower, pictures: torch.Tensor) -> list[np.ndarray]:
     x = normalise(full.to(frozen.numerics.device), frozen.preprocess)
     if x.dim() == 4:
         x = x.contiguous(memory_format=torch.channels_last)
-    half = frozen.numerics.precision == "bfloat16"
+    half = frozen.numerics.precision == "bfloat16" and not frozen.numerics.emulated
     with torch.inference_mode(), torch.autocast(frozen.numerics.device, torch.bfloat16, enabled=half):
         values = frozen.module(x)
     return [
@@ -132,30 +132,19 @@ def agreement(trace: Trace, cuts: Sequence[str], preprocess: PreprocessSpec, num
     return min(cosines)
 
 
-class Float32Rounded(nn.Module):
-    """A convolution or linear layer with bfloat16 inputs, weights and outputs and float32 sums, on any processor."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x: any shape that the layer takes; rounded to bfloat16, as its result is."""
-        with torch.autocast(x.device.type, enabled=False):
-            y: torch.Tensor = self.layer(x.to(torch.bfloat16).float())
-            return y.to(torch.bfloat16)
-
-
 def _cast_weights(module: nn.Module, *, emulated: bool) -> None:
-    # The parts of torch's own attention are not called: it reads their weights.
-    parts = {part for m in module.modules() if isinstance(m, nn.MultiheadAttention) for part in m.children()}
-    for path, layer in list(module.named_modules()):
-        if not isinstance(layer, nn.Conv2d | nn.Linear) or layer in parts or not uses_weights_plainly(layer):
-            continue
+    """Round convolutions and linear layers to bfloat16; emulated, they compute in float32 between rounded numbers."""
+    layers = [m for m in module.modules() if isinstance(m, nn.Conv2d | nn.Linear) and uses_weights_plainly(m)]
+    for layer in layers:
         layer.to(torch.bfloat16)
         if emulated:
-            parent, _, name = path.rpartition(".")
-            setattr(module.get_submodule(parent), name, Float32Rounded(layer.float()))
+            layer.float()
+            layer.register_forward_pre_hook(lambda layer, inputs: tuple(_rounded(x) for x in inputs))
+            layer.register_forward_hook(lambda layer, inputs, output: _rounded(output))
+
+
+def _rounded(x: torch.Tensor) -> torch.Tensor:
+    return x.to(torch.bfloat16).float()
 
 
 def _checked(features: torch.Tensor, cut: Cut) -> np.ndarray:

@@ -70,7 +70,7 @@ class Head:
         return tuple(view.cut for view in self.views)
 
     def logits(self, rows: dict[str, np.ndarray]) -> torch.Tensor:
-        """Logits float32 (n, classes) of stored rows by cut. Each row is computed alone: its neighbours do not count."""
+        """Logits float32 (n, classes) of stored rows by cut. Each row is computed alone."""
         seen = torch.from_numpy(np.concatenate([v.of(rows[v.cut]).astype(np.float32) for v in self.views], 1))
         # One product a row: a matrix product's order of sums, and so its last bits, can depend on how many rows it has.
         return torch.stack([torch.mv(self.weight, x) for x in seen]) + self.bias

@@ -15,6 +15,9 @@ from regraft.errors import BackboneError
 
 CPU_BATCH = 8
 """On two AVX512 cores 8 pictures run as fast as 32 with a tuned allocator, and a lone picture pays for 8, not 32."""
+CPU_FLOAT32_BATCH = 16
+"""Below 16 pictures and with one thread torch takes other float32 kernels (its `use_mkldnn` rule), with other last
+bits."""
 CUDA_BATCH = 64
 
 Precision = Literal["bfloat16", "float32"]
@@ -57,7 +60,8 @@ def pick_numerics(device: str = "auto", precision: Precision | None = None) -> N
         kernels = f"torch {torch.__version__} {torch.cuda.get_device_name()}"
         return _numerics("cuda", CUDA_BATCH, kernels, supported, precision)
     supported, instructions = _cpu_bfloat16()
-    return _numerics("cpu", CPU_BATCH, f"torch {torch.__version__} {instructions}", supported, precision)
+    batch = CPU_BATCH if supported and precision != "float32" else CPU_FLOAT32_BATCH
+    return _numerics("cpu", batch, f"torch {torch.__version__} {instructions}", supported, precision)
 
 
 def _numerics(device: str, batch: int, kernels: str, supported: bool, asked: Precision | None) -> Numerics:

@@ -185,8 +185,14 @@ def fit(
     return Run(folder, saved, record)
 
 
-def evaluate(model: TransferModel | str | os.PathLike[str], data: Data, *, group: str | None = None,
-             device: str = "auto", say: Say = silent) -> Evaluation:
+def evaluate(
+    model: TransferModel | str | os.PathLike[str],
+    data: Data,
+    *,
+    group: str | None = None,
+    device: str = "auto",
+    say: Say = silent,
+) -> Evaluation:
     """Judge a saved model on labelled pictures: their test split if there is one, else all of them.
 
     Raises DataError naming a class that the model does not know; a class without pictures has support 0.
@@ -474,7 +480,9 @@ def _record(
     }
 
 
-def _pictures_of(record: dict[str, Any], dataset: Dataset, tested: Dataset | None) -> Callable[[str], np.ndarray | None]:
+def _pictures_of(
+    record: dict[str, Any], dataset: Dataset, tested: Dataset | None
+) -> Callable[[str], np.ndarray | None]:
     """Pixels of a picture that the record names, for the report."""
     known = {e.where: e for e in dataset.examples} | ({e.where: e for e in tested.examples} if tested else {})
 
@@ -485,5 +493,3 @@ def _pictures_of(record: dict[str, Any], dataset: Dataset, tested: Dataset | Non
             return None
 
     return pixels
-
-

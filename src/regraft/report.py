@@ -242,7 +242,7 @@ def left_out(record: Mapping[str, Any]) -> list[Listing]:
 # --- the depth curve; lengths are units of the drawing, about one pixel on a wide screen ---
 
 WIDTH, LEFT, RIGHT, TOP, HEIGHT = 960, 64, 24, 46, 290
-COLUMN = 44  # for each head on several cuts, right of the curve
+COLUMN = 36  # for each head on several cuts, right of the curve
 BELOW = 30  # numbers of the depth axis
 ROW = 18  # one line of dots: which cuts a head on several reads
 LEADER = 24  # from the axis, or the last of these lines, to the cuts' names
@@ -255,7 +255,7 @@ LETTER_WIDTH = 6.3
 @dataclass(frozen=True)
 class Point:
     """A score on the drawing. short: the name as it fits under the axis; mark: the letter of a head on several cuts;
-    members: x of the cuts that such a head reads; row: y of their line of dots."""
+    parts: the cuts that such a head reads; note: how; members: x of these cuts; row: y of their line of dots."""
 
     name: str
     short: str
@@ -270,6 +270,8 @@ class Point:
     y_low: float
     y_high: float
     name_x: float
+    parts: tuple[str, ...] = ()
+    note: str = ""
     members: tuple[float, ...] = ()
     row: float = 0.0
 
@@ -339,10 +341,10 @@ def plot_curve(curve: Mapping[str, Any], chosen: str, constant: float) -> Plot:
     heads = []
     for i, c in enumerate(several):
         at = right + COLUMN * (i + 0.75)
-        parts = c["name"].split("+")
+        parts, note = parts_of(c["name"])
         head = point(c, at, at, f"{len(parts)} cuts", chr(ord("A") + i))
         members = tuple(place[name] for name in parts if name in place)
-        heads.append(replace(head, members=members, row=bottom + BELOW + ROW * (i + 0.5)))
+        heads.append(replace(head, parts=parts, note=note, members=members, row=bottom + BELOW + ROW * (i + 0.5)))
     longest = max(len(p.short) for p in points)
     return Plot(
         width=WIDTH,
@@ -359,6 +361,12 @@ def plot_curve(curve: Mapping[str, Any], chosen: str, constant: float) -> Plot:
         slant=SLANT,
         majority=y(constant) if levels[0] <= 100 * constant <= levels[-1] else None,
     )
+
+
+def parts_of(name: str) -> tuple[tuple[str, ...], str]:
+    """The cuts in the name of a head on several, and the note behind them, as in `layer3+layer4 (roots)`."""
+    cuts, _, note = name.partition(" (")
+    return tuple(cuts.split("+")), note.removesuffix(")")
 
 
 def ticks(low: float, high: float, most: int = 7) -> list[int]:

@@ -42,7 +42,7 @@ class Choice:
 def run_trials(
     bench: Bench, task: Task, cuts: Sequence[tuple[str, int]], progress: Callable[[Trial], None] = lambda trial: None
 ) -> tuple[Trial, ...]:
-    """A trial for the raw input, for every cut (name, depth), and for heads on several cuts, as they are and as roots."""
+    """A trial for the raw input, one for every cut (name, depth), and heads on several cuts, plain and as roots."""
     trials: list[Trial] = []
 
     def add(trial: Trial) -> Trial:

@@ -92,8 +92,7 @@ def _check_name(timm: Any, name: str, with_weights: bool) -> None:
 @contextlib.contextmanager
 def _quick_hub() -> Iterator[None]:
     """Let the hub's client use its cache alone while the hub does not answer."""
-    from huggingface_hub import constants
-    from huggingface_hub.utils import get_session
+    from huggingface_hub import constants, get_session
 
     before = constants.HF_HUB_OFFLINE
     try:

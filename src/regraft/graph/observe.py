@@ -17,10 +17,9 @@ from typing import Any, Literal
 
 import torch
 from torch import fx, nn
-from torch.utils import _pytree as pytree
 
 from regraft.errors import TraceError
-from regraft.twins import twin
+from regraft.graph.twins import twin
 
 Varies = Literal["", "batch", "size", "mode"]
 _SIZE_ATTRIBUTES = {"shape", "ndim", "dtype", "device", "layout", "is_cuda"}
@@ -196,9 +195,7 @@ def _left_alone(module: nn.Module, example: torch.Tensor) -> Iterator[None]:
 
 
 def _require_equal(one: Pass, output: object, name: str) -> None:
-    expected, structure = pytree.tree_flatten(one.output)
-    found, same = pytree.tree_flatten(output)
-    if structure != same or not all(map(_equal, expected, found)):
+    if not _equal(one.output, output):
         raise TraceError(
             f"{name} must compute the same whenever it runs; in {'training' if one.train else 'evaluation'} mode on "
             f"input {tuple(one.x.shape)} its operations, run one by one, give another output: it may draw random "
@@ -207,8 +204,13 @@ def _require_equal(one: Pass, output: object, name: str) -> None:
 
 
 def _equal(a: object, b: object) -> bool:
+    """Bit for bit; lists and tuples, or kinds of dictionaries, are not told apart."""
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
         return a.shape == b.shape and a.dtype == b.dtype and bool(((a == b) | ((a != a) & (b != b))).all())
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        return a.keys() == b.keys() and all(_equal(a[k], b[k]) for k in a)
+    if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)):
+        return len(a) == len(b) and all(map(_equal, a, b))
     return bool(a == b)
 
 

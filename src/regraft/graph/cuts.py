@@ -23,12 +23,12 @@ import torch
 from torch import fx, nn
 
 from regraft.errors import CutError
-from regraft.follow import Followed, follow
-from regraft.layout import Layout, layouts, prefix_tokens
-from regraft.observe import Depends, Pass, Sight, Tensor, observe
-from regraft.rebuild import recipes
-from regraft.shown import Draft, choose
-from regraft.twins import runnable
+from regraft.graph.follow import Followed, follow
+from regraft.graph.layout import Layout, layouts, prefix_tokens
+from regraft.graph.observe import Depends, Pass, Sight, Tensor, observe
+from regraft.graph.rebuild import recipes
+from regraft.graph.shown import Draft, choose
+from regraft.graph.twins import runnable
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def _sweep(
     """The nodes to cut at; for the others, why not; the places after which several tensors are alive."""
     nodes = list(followed.graph.nodes)
     last_use = _last_uses(nodes, sights)
-    output = {n.name for n in nodes[-1].all_input_nodes}
+    output = {n.name for n in nodes[-1].all_input_nodes if len(n.users) == 1}
     found: list[fx.Node] = []
     refused: dict[str, str] = {}
     joins: set[int] = set()

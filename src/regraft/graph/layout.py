@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
-from regraft.observe import Sight, Tensor
+from regraft.graph.observe import Sight, Tensor
 
 Layout = Literal["NCHW", "NHWC", "tokens", "vector"]
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from regraft.observe import Depends, Sight, Tensor
+from regraft.graph.observe import Depends, Sight, Tensor
 
 
 @dataclass(frozen=True)
