@@ -1,12 +1,12 @@
 """Is the choice of the cut sound, and does the stated interval hold? Many small draws, judged on test features.
 
-    python bench/choice.py DATA_FOLDER [--draws 50] [--sizes 100,300] [--sets fashion,mnist10k,silhouettes,emoji]
+    python bench/choice.py DATA_FOLDER [--draws 50] [--sizes 100,300] [--sets fashion,...] [--keep FOLDER]
     python bench/choice.py DATA_FOLDER --verdicts
 
 For each draw of n training pictures: the rule chooses; its stated 95 % interval is held against the accuracy of the
 chosen head on all test pictures; regret is the best trial's test accuracy less the chosen one's. `always deepest`
-is the regret of taking the last cut without looking. Two rules are compared on the same draws: least log-loss among
-the equals of the best mean (ours) and the best mean alone. --verdicts shuffles the pixels of fashion and digits by one
+is the regret of taking the last cut without looking. Three rules are compared on the same draws: least log-loss among
+the equals of the best mean (ours), the best mean alone, the least log-loss alone. --verdicts shuffles the pixels of fashion and digits by one
 fixed permutation (transfer must not help) and runs photos (it must).
 """
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,61 +41,101 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=50)
     parser.add_argument("--sizes", default="100,300")
     parser.add_argument("--sets", default="fashion,mnist10k,silhouettes,emoji")
+    parser.add_argument("--keep", type=Path, default=None)
     parser.add_argument("--verdicts", action="store_true")
     options = parser.parse_args()
     lines = [f"\n## Choice, {datetime.date.today()}\n"]
     if options.verdicts:
         lines += verdicts(options.data)
     else:
-        lines += draws(options.data, options.sets.split(","), [int(n) for n in options.sizes.split(",")], options.draws)
+        keep = options.keep or Path(tempfile.mkdtemp())
+        sizes = [int(n) for n in options.sizes.split(",")]
+        lines += draws(options.data, options.sets.split(","), sizes, options.draws, keep)
     print("\n".join(lines))
     with RESULTS.open("a") as f:
         f.write("\n".join(lines) + "\n")
 
 
-def draws(data: Path, sets: list[str], sizes: list[int], count: int) -> list[str]:
+def draws(data: Path, sets: list[str], sizes: list[int], count: int, keep: Path) -> list[str]:
     """One row per set and size, and their mean."""
     out = [
-        "| set | pictures | covered | stated | test | regret | regret, best mean | always deepest |",
-        "|---|---|---|---|---|---|---|---|",
+        "| set | pictures | draws | covered | stated | test | regret | best mean alone | least log-loss alone | deepest |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    backbone = load_backbone()
-    cuts = [(cut.name, cut.depth) for cut in backbone.shown]
+    keep.mkdir(parents=True, exist_ok=True)
     everything: list[tuple[float, ...]] = []
     for name in sets:
-        dataset = load_data(data / name, group=GROUPS.get(name))
-        numerics, _ = faithful_numerics(backbone, "auto")
-        names = [cut for cut, _ in cuts]
-        train, test = (
-            extract(subset(dataset, split), backbone, names, open_store(), numerics) for split in ("train", "test")
-        )
+        names = [(n, seed, keep / f"{name}_{n}_{seed}.npz") for n in sizes for seed in range(count)]
+        missing = [(n, seed, path) for n, seed, path in names if not path.exists()]
+        if missing:
+            draw(data / name, GROUPS.get(name), missing)
         for n in sizes:
-            rows = [draw(train, test, cuts, len(dataset.labels), n, seed) for seed in range(count)]
+            rows = [judge(*loaded(path)) for size, _, path in names if size == n]
             everything += rows
-            out.append(f"| {name} | {n} | " + " | ".join(_cells(rows)) + " |")
+            out.append(f"| {name} | {n} | {len(rows)} | " + " | ".join(_cells(rows)) + " |")
             print(out[-1], flush=True)
-    out.append("| all | | " + " | ".join(_cells(everything)) + " |")
+    out.append(f"| all | | {len(everything)} | " + " | ".join(_cells(everything)) + " |")
     return out
 
 
-def draw(
-    train: FeatureTable, test: FeatureTable, cuts: list[tuple[str, int]], classes: int, n: int, seed: int
-) -> tuple[float, ...]:
-    """covered, stated, test, regret of our rule, regret of the best mean, regret of the deepest cut."""
+def draw(folder: Path, group: str | None, wanted: list[tuple[int, int, Path]]) -> None:
+    """Draw, try every trial, judge each on all test features, and store what came of it."""
+    backbone = load_backbone()
+    cuts = [(cut.name, cut.depth) for cut in backbone.shown]
+    numerics, _ = faithful_numerics(backbone, "auto")
+    dataset = load_data(folder, group=group)
+    train, test = (
+        extract(subset(dataset, split), backbone, [name for name, _ in cuts], open_store(), numerics)
+        for split in ("train", "test")
+    )
     labels = np.array([e.label for e in train.examples])
-    chosen = stratified(labels, n, np.random.default_rng(seed))
-    bench = Bench(train, chosen, all_grey(train, chosen))
-    groups = together([train.pixels[i] for i in chosen], [train.examples[i].group for i in chosen])
-    task = Task(labels[chosen], groups, fold_assignments(labels[chosen], groups, seed=seed), classes)
-    trials = run_trials(bench, task, cuts)
-    choice = choose(trials, task)
     truth = torch.tensor([e.label for e in test.examples])
-    found = {t.name: test_accuracy(t, bench, task, test, truth) for t in trials}
-    best = max(found.values())
-    top = max((t for t in trials if t.name != INPUT), key=lambda t: t.hits.mean())
-    ours, mean, deepest = found[choice.trial.name], found[top.name], found[cuts[-1][0]]
+    for n, seed, path in wanted:
+        chosen = stratified(labels, n, np.random.default_rng(seed))
+        bench = Bench(train, chosen, all_grey(train, chosen))
+        groups = together([train.pixels[i] for i in chosen], [train.examples[i].group for i in chosen])
+        folds = fold_assignments(labels[chosen], groups, seed=seed)
+        task = Task(labels[chosen], groups, folds, len(dataset.labels))
+        trials = run_trials(bench, task, cuts)
+        np.savez(
+            path,
+            labels=task.labels,
+            groups=groups,
+            folds=folds,
+            names=[t.name for t in trials],
+            depths=[t.depth for t in trials],
+            hits=np.stack([t.fold_hits for t in trials]),
+            losses=np.stack([t.losses for t in trials]),
+            test=[test_accuracy(t, bench, task, test, truth) for t in trials],
+        )
+
+
+def loaded(path: Path) -> tuple[Task, list[Trial], np.ndarray]:
+    """A stored draw: its task, its trials without their heads, and each trial's accuracy on the test features."""
+    with np.load(path) as kept:
+        task = Task(kept["labels"], kept["groups"], kept["folds"], int(kept["labels"].max()) + 1)
+        nothing = torch.empty(0)
+        trials = [
+            Trial(str(name), int(depth), (), 0.0, 0.0, hits, losses, nothing)
+            for name, depth, hits, losses in zip(
+                kept["names"], kept["depths"], kept["hits"], kept["losses"], strict=True
+            )
+        ]
+        return task, trials, kept["test"]
+
+
+def judge(task: Task, trials: list[Trial], test: np.ndarray) -> tuple[float, ...]:
+    """covered, stated, test, and the regrets: our rule, best mean, least log-loss, deepest cut."""
+    choice = choose(trials, task)
+    found = {t.name: float(accuracy) for t, accuracy in zip(trials, test, strict=True)}
+    network = [t for t in trials if t.name != INPUT]
+    mean = max(network, key=lambda t: t.hits.mean())
+    sharp = min(network, key=lambda t: t.log_loss)
+    deepest = max((t for t in network if "+" not in t.name), key=lambda t: t.depth)
+    ours, best = found[choice.trial.name], max(found.values())
     covered = choice.score.low <= ours <= choice.score.high
-    return float(covered), choice.score.score, ours, best - ours, best - mean, best - deepest
+    others = (best - found[t.name] for t in (mean, sharp, deepest))
+    return float(covered), choice.score.score, ours, best - ours, *others
 
 
 def test_accuracy(trial: Trial, bench: Bench, task: Task, test: FeatureTable, truth: torch.Tensor) -> float:

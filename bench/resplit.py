@@ -24,8 +24,9 @@ from sklearn.preprocessing import Normalizer, StandardScaler
 from regraft.backbone import load_backbone
 from regraft.data import load_data
 from regraft.features import FeatureTable, extract
+from regraft.learned import task_of
 from regraft.probe import Bench, all_grey, fit_head
-from regraft.recipe import faithful_numerics, task_of
+from regraft.recipe import faithful_numerics
 from regraft.search import choose, run_trials
 from regraft.splits import together
 from regraft.store import open_store

@@ -33,6 +33,15 @@ def test_the_same_seed_gives_the_same_folds_and_repeats_differ():
     assert not np.array_equal(first[0], first[1])
 
 
+def test_groups_of_all_sizes_and_mixtures_are_spread_evenly():
+    rng = np.random.default_rng(0)
+    groups = np.repeat(np.arange(200), rng.integers(1, 9, 200))
+    labels = np.where(rng.random(len(groups)) < 0.7, groups % 4, rng.integers(0, 4, len(groups)))
+    for assignment in fold_assignments(labels, groups, seed=0):
+        shares = np.array([np.bincount(labels[assignment == f], minlength=4) for f in range(FOLDS)])
+        assert np.abs(shares / shares.sum(0) - 1 / FOLDS).max() < 0.03
+
+
 def test_many_examples_are_judged_in_one_repeat():
     labels = np.arange(ENOUGH_FOR_ONE_REPEAT) % 2
     assert fold_assignments(labels, np.arange(ENOUGH_FOR_ONE_REPEAT), seed=0).shape == (1, ENOUGH_FOR_ONE_REPEAT)

@@ -11,7 +11,6 @@ Not covered: layers that are replaced in the network after it was cut.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import fx, nn
@@ -21,14 +20,6 @@ from regraft.graph import Cut, Trace, find_cut
 from regraft.graph.observe import Depends
 from regraft.graph.rebuild import Again, Axis, Fixed, Recipe, Same, Sizes, Trait, reachable, recipes
 from regraft.graph.twins import runnable
-
-if TYPE_CHECKING:
-    from regraft.backbone import Backbone
-
-
-def cut_at(backbone: Backbone, name: str) -> tuple[nn.Module, nn.Module]:
-    """The part of a backbone below the cut called `name`, and the part above it; see `split`."""
-    return split(backbone.trace, name)
 
 
 def split(trace: Trace, name: str) -> tuple[nn.Module, nn.Module]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from regraft.errors import DataError, PictureError
-from regraft.files import digest
+from regraft.files import digest, digest_json
 from regraft.folders import LeftOut, Split, find_in_folders, listed
 from regraft.pictures import Picture, decode, from_array
 from regraft.printable import printable
@@ -30,6 +30,7 @@ __all__ = [
     "Raw",
     "Split",
     "from_arrays",
+    "identity",
     "load_data",
     "open_picture",
     "pixel_digest",
@@ -201,6 +202,21 @@ def pixel_digest(picture: Picture) -> str:
     if all((some[..., :1] == some).all() for some in (pixels[::64], pixels)):  # most colour shows in the first few
         pixels = pixels[..., :1]
     return digest(str(pixels.shape).encode(), np.ascontiguousarray(pixels).reshape(-1).data)
+
+
+def identity(dataset: Dataset, known: Mapping[str, str]) -> str:
+    """Digest of every picture's bytes, label, split and group, wherever the data lie.
+
+    known: content digests by place, of pictures that need not be read again.
+    """
+
+    def id_of(example: Example) -> str:
+        try:
+            return known.get(example.where) or read(example).id
+        except PictureError:
+            return "unreadable"
+
+    return digest_json(sorted([id_of(e), dataset.labels[e.label], e.split, e.group] for e in dataset.examples))
 
 
 def subset(dataset: Dataset, *splits: Split) -> Dataset:

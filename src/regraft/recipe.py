@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,20 +17,19 @@ from torch import nn
 from regraft.__version__ import __version__
 from regraft.artifact import TransferModel, assemble, load_model, save_model
 from regraft.backbone import Backbone, load_backbone
-from regraft.data import Dataset, Example, LeftOut, load_data, pixel_digest, printable, read, subset
-from regraft.errors import DataError, PictureError, RegraftError, RunError
+from regraft.data import Dataset, LeftOut, identity, load_data, printable, read, subset
+from regraft.errors import DataError, RegraftError, RunError
 from regraft.features import FeatureTable, extract
-from regraft.files import digest_json
 from regraft.frozen import agreement
-from regraft.leaks import Mark, find_leaks
+from regraft.leaks import find_leaks
+from regraft.learned import consistent, marks_of, refuse_unsound, task_of
 from regraft.numerics import Numerics, pick_numerics
 from regraft.predict import Evaluation, evaluate_model, worst
 from regraft.probe import Bench, Task, Trial, all_grey, fit_head
-from regraft.record import read_record, write_record
+from regraft.record import read_record, refuse_other_options, write_record
 from regraft.report import REPORT_FILE, write_report
 from regraft.scores import calibration_error, confusion
 from regraft.search import Choice, choose, curve_interval, run_trials
-from regraft.splits import fold_assignments, together
 from regraft.store import FeatureStore, open_store
 
 AGREEMENT_NEEDED = 0.98
@@ -243,10 +242,10 @@ def _curve(
         allow_empty_class=allow_empty_class,
     )
     seconds |= {"features": time.perf_counter() - at}
-    chosen, conflicts = _consistent(table, dataset.labels, allow_empty_class)
+    chosen, conflicts = consistent(table, dataset.labels, allow_empty_class)
     problems = table.left_out + conflicts
     if strict:
-        _refuse(problems, _learned(table, chosen), tested)
+        refuse_unsound(problems, marks_of(table, chosen), tested)
     at = time.perf_counter()
     bench = Bench(table, chosen, all_grey(table, chosen))
     task = task_of(table, chosen, len(dataset.labels), seed, names=dataset.labels)
@@ -261,77 +260,6 @@ def _curve(
     choice = choose(trials, task)
     seconds |= {"probes": time.perf_counter() - at}
     return Curve(backbone, trials, choice, task, table, bench, numerics, measured, problems, seconds)
-
-
-def _refuse(problems: Sequence[LeftOut], learned: Sequence[Mark], tested: Dataset | None) -> None:
-    """What --strict does not allow: pictures that were left out, or that are learned from and tested on."""
-    marks = []
-    for example in tested.examples if tested else ():
-        try:
-            raw = read(example)
-            marks.append(Mark(example.where, raw.id, pixel_digest(raw.decode()), example.group))
-        except PictureError as e:
-            problems = [*problems, LeftOut(example.where, str(e))]
-    if problems:
-        raise DataError(f"--strict allows nothing to be left out; {printable(problems[0].where)}: {problems[0].reason}")
-    leaks = find_leaks(learned, marks)
-    if leaks:
-        raise DataError(
-            f"--strict allows no picture to be learned from and tested on; found {len(leaks)}, the first is "
-            f"{printable(leaks[0].tested)}, with {leaks[0].equal} equal to {printable(leaks[0].learned)}."
-        )
-
-
-def _learned(table: FeatureTable, chosen: np.ndarray) -> list[Mark]:
-    """What tells the pictures that are learned from."""
-    return [Mark(table.examples[i].where, table.ids[i], table.pixels[i], table.examples[i].group) for i in chosen]
-
-
-def task_of(
-    table: FeatureTable, chosen: np.ndarray, classes: int, seed: int, *, names: Sequence[str] | None = None
-) -> Task:
-    """Labels, folds and what must stay together: equal bytes, equal pixels, the user's groups."""
-    labels = np.array([table.examples[i].label for i in chosen], dtype=np.int64)
-    groups = together(
-        [table.ids[i] for i in chosen],
-        [table.pixels[i] for i in chosen],
-        [table.examples[i].group for i in chosen],
-    )
-    return Task(labels, groups, fold_assignments(labels, groups, seed=seed, names=names), classes)
-
-
-def _consistent(
-    table: FeatureTable, labels: Sequence[str], allow_empty_class: bool
-) -> tuple[np.ndarray, tuple[LeftOut, ...]]:
-    """Indices of the examples to learn from: all but pictures whose pixels stand under two labels."""
-    under: dict[str, dict[int, str]] = {}
-    for example, pixels in zip(table.examples, table.pixels, strict=True):
-        under.setdefault(pixels, {}).setdefault(example.label, example.where)
-    chosen: list[int] = []
-    conflicts: list[LeftOut] = []
-    lost: dict[int, LeftOut] = {}
-    for i, (example, pixels) in enumerate(zip(table.examples, table.pixels, strict=True)):
-        others = [(label, where) for label, where in under[pixels].items() if label != example.label]
-        if others:
-            label, where = others[0]
-            reason = (
-                f"the same picture stands under two labels: {printable(labels[example.label])} here and "
-                f"{printable(labels[label])} as {printable(where)}"
-            )
-            conflicts.append(LeftOut(example.where, reason))
-            lost.setdefault(example.label, conflicts[-1])
-        else:
-            chosen.append(i)
-    kept = {table.examples[i].label for i in chosen}
-    for label, conflict in lost.items():
-        if label not in kept and not allow_empty_class:
-            raise DataError(
-                f"Every class must keep a picture of its own; {printable(conflict.where)}: {conflict.reason}."
-            )
-    if len(kept) < 2:
-        names = ", ".join(printable(labels[label]) for label in sorted(kept)) or "none"
-        raise DataError(f"There must be at least 2 classes with pictures that can be used; found {names}.")
-    return np.array(chosen, dtype=np.int64), tuple(conflicts)
 
 
 def _test_data(dataset: Dataset, test: Data | None, group: str | None) -> Dataset | None:
@@ -354,13 +282,9 @@ def _resume(folder: Path, options: dict[str, Any], dataset: Dataset, tested: Dat
     record = read_record(folder)
     if record is None:
         return None
-    before = record["options"]
     # Of a finished run it is known which pictures it saw, wherever they lie; of an interrupted one, only the place.
     finished = record["status"] == "finished"
-    compared = [k for k in options if not (finished and k in PLACES)]
-    changed = [f"{k} was {before.get(k)!r} and is {options[k]!r}" for k in compared if before.get(k) != options[k]]
-    if changed:
-        raise RunError(f"{folder} holds a run with other options ({'; '.join(changed)}): choose another --out.")
+    refuse_other_options(folder, record, {k: v for k, v in options.items() if not (finished and k in PLACES)})
     if not finished:
         return None
     now = _identities(dataset, tested, {})
@@ -376,22 +300,9 @@ def _resume(folder: Path, options: dict[str, Any], dataset: Dataset, tested: Dat
 def _identities(dataset: Dataset, tested: Dataset | None, known: Mapping[str, str]) -> dict[str, str | None]:
     """Digests of every picture's bytes, label, split and group, wherever the data lie; `known` are digests by place."""
     return {
-        "training": _identity(subset(dataset, "train", "validation"), known),
-        "test": _identity(tested, known) if tested else None,
+        "training": identity(subset(dataset, "train", "validation"), known),
+        "test": identity(tested, known) if tested else None,
     }
-
-
-def _identity(dataset: Dataset, known: Mapping[str, str]) -> str:
-    return digest_json(
-        sorted([known.get(e.where) or _id(e), dataset.labels[e.label], e.split, e.group] for e in dataset.examples)
-    )
-
-
-def _id(example: Example) -> str:
-    try:
-        return read(example).id
-    except PictureError:
-        return "unreadable"
 
 
 def _place(dataset: Dataset) -> str:
@@ -438,7 +349,7 @@ def _record(
     seconds: dict[str, float],
 ) -> dict[str, Any]:
     marks = evaluation.marks if evaluation else ()
-    leaks = find_leaks(_learned(found.table, found.bench.chosen), marks)
+    leaks = find_leaks(marks_of(found.table, found.bench.chosen), marks)
     known = {e.where: id for e, id in zip(found.table.examples, found.table.ids, strict=True)}
     trial, task = found.choice.trial, found.task
     probabilities = torch.softmax(trial.scores.mean(0) * trial.sharpness, 1).numpy()

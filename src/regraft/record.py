@@ -40,6 +40,14 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     return record
 
 
+def refuse_other_options(folder: Path, record: dict[str, Any], options: dict[str, Any]) -> None:
+    """Raise RunError, which names the differences, unless the run in `folder` was asked the same."""
+    before = record["options"]
+    changed = [f"{k} was {before.get(k)!r} and is {v!r}" for k, v in options.items() if before.get(k) != v]
+    if changed:
+        raise RunError(f"{folder} holds a run with other options ({'; '.join(changed)}): choose another --out.")
+
+
 def write_record(folder: Path, record: dict[str, Any]) -> None:
     """Write the record whole, or leave the old one; what killed writers left beside it is removed.
 

@@ -6,7 +6,6 @@ Knows labels and groups as numbers, nothing of pictures.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 
 import numpy as np
@@ -53,12 +52,10 @@ def fold_assignments(
     if fewest < 2:
         name = repr(names[smallest]) if names else f"number {smallest}"
         pictures = int((labels == smallest).sum())
+        found = "has 1" if pictures == 1 else f"has {pictures} in one group"
         raise DataError(
-            f"Every class needs at least 2 different pictures (or groups) to be judged by; class {name} has "
-            f"{pictures} in one group: add pictures, or leave the class out."
-            if pictures > 1
-            else f"Every class needs at least 2 different pictures to be judged by; class {name} has 1: add pictures, "
-            "or leave the class out."
+            f"Every class needs at least 2 different pictures or groups to be judged by; class {name} {found}: add "
+            "pictures, or leave the class out."
         )
     folds = min(FOLDS, fewest)
     repeats = 1 if len(labels) >= ENOUGH_FOR_ONE_REPEAT else REPEATS
@@ -67,22 +64,45 @@ def fold_assignments(
 
 def _one(labels: np.ndarray, groups: np.ndarray, folds: int, seed: int) -> np.ndarray:
     """One assignment; groups that span classes can put a whole class into one fold, and then others are tried."""
+    whole = np.unique(groups, return_inverse=True)[1]
+    alone = len(labels) == whole.max() + 1
     for attempt in range(TRIES):
-        assignment = _stratified(labels, groups, folds, seed + 1000 * attempt)
+        rng = np.random.default_rng([seed, attempt])
+        assignment = _dealt(labels, folds, rng) if alone else _packed(labels, whole, folds, rng)
         if all(len(np.unique(assignment[labels == c])) > 1 for c in np.unique(labels)):
             return assignment
     # Each group its own fold: no class is in one fold alone, for each has two groups.
-    return np.unique(groups, return_inverse=True)[1].astype(np.int64)
+    return whole.astype(np.int64)
 
 
-def _stratified(labels: np.ndarray, groups: np.ndarray, folds: int, seed: int) -> np.ndarray:
-    from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
-
-    alone = len(np.unique(groups)) == len(groups)
-    splitter = (StratifiedKFold if alone else StratifiedGroupKFold)(folds, shuffle=True, random_state=seed)
-    out = np.zeros(len(labels), dtype=np.int64)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for f, (_, held) in enumerate(splitter.split(labels, labels, None if alone else groups)):
-            out[held] = f
+def _dealt(labels: np.ndarray, folds: int, rng: np.random.Generator) -> np.ndarray:
+    """Each class shuffled and dealt out like cards; the next class goes on at the fold where the last one stopped."""
+    out = np.empty(len(labels), dtype=np.int64)
+    dealt = 0
+    for c in np.unique(labels):
+        members = rng.permutation(np.flatnonzero(labels == c))
+        out[members] = (dealt + np.arange(len(members))) % folds
+        dealt += len(members)
     return out
+
+
+def _packed(labels: np.ndarray, whole: np.ndarray, folds: int, rng: np.random.Generator) -> np.ndarray:
+    """Whole groups, large ones first, each into the fold where it keeps the classes most even.
+
+    With h(f, c) examples of class c in fold f, t(c) in all, the spread to keep small is the sum of (h(f, c) / t(c))^2.
+    A group of g(c) examples adds 2 h(f, c) g(c) / t(c)^2 to it and a part that is the same in every fold: it goes where
+    that is least, and of equal folds to the smallest.
+    """
+    counts = np.zeros((whole.max() + 1, labels.max() + 1))
+    np.add.at(counts, (whole, labels), 1)
+    weighted = counts / np.maximum(counts.sum(0), 1) ** 2
+    held = np.zeros((folds, counts.shape[1]))
+    fold_of = np.empty(len(counts), dtype=np.int64)
+    shuffled = rng.permutation(len(counts))
+    for group in shuffled[np.argsort(-(counts * weighted)[shuffled].sum(1), kind="stable")]:
+        added = held @ weighted[group]
+        equals = np.flatnonzero(np.isclose(added, added.min(), rtol=1e-9))
+        fold_of[group] = equals[held[equals].sum(1).argmin()]
+        held[fold_of[group]] += counts[group]
+    assignment: np.ndarray = fold_of[whole]
+    return assignment

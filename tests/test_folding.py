@@ -1,0 +1,287 @@
+"""Batch norms go into the layer before them exactly where that changes nothing, and stay everywhere else."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from regraft.networks.torchvision_ops import declare_missing_operators
+from regraft.nn import fold_batchnorm
+from regraft.nn.folding import uses_weights_plainly
+
+declare_missing_operators()
+
+from timm.layers import BatchNormAct2d, Conv2dSame, ScaledStdConv2d, StdConv2d  # noqa: E402 - importable only now
+
+
+def worn(module: nn.Module, *, seed: int = 0) -> nn.Module:
+    """The module in evaluation mode after a life: norms with statistics and scales of their own, some negative."""
+    generator = torch.Generator().manual_seed(seed)
+    for norm in module.modules():
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm):
+            if norm.running_mean is not None:
+                norm.running_mean.normal_(0, 1, generator=generator)
+                norm.running_var.uniform_(0.3, 3, generator=generator)
+            if norm.affine:
+                nn.init.normal_(norm.weight, 0, 1, generator=generator)
+                nn.init.normal_(norm.bias, 0, 1, generator=generator)
+    return module.eval()
+
+
+def norms(module: nn.Module) -> int:
+    return sum(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in module.modules())
+
+
+def assert_folds(module: nn.Module, x: torch.Tensor, *, left: int, graph: torch.fx.Graph | None = None) -> None:
+    """Folds a module and checks that nothing but the number of norms changed."""
+    before = {name: t.clone() for name, t in module.state_dict().items()}
+    with torch.no_grad():
+        expected = module(x)
+    folded = fold_batchnorm(module, graph, example=x)
+    with torch.no_grad():
+        found = folded(x)
+        assert torch.equal(module(x), expected)  # the module itself is as it was
+    assert all(torch.equal(t, before[name]) for name, t in module.state_dict().items())
+    assert norms(folded) == left
+    assert float((found - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
+
+
+def sequence(module: nn.Module) -> torch.fx.Graph:
+    """The graph of a sequence whose layers are kept in one piece."""
+    graph = torch.fx.Graph()
+    value = graph.placeholder("x")
+    for name, _ in module.named_children():
+        value = graph.call_module(name, (value,))
+    graph.output(value)
+    return graph
+
+
+def picture(channels: int = 3) -> torch.Tensor:
+    return torch.randn(2, channels, 9, 9, generator=torch.Generator().manual_seed(1))
+
+
+# --- what is folded ---
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("affine", [True, False])
+def test_norm_with_any_statistics_goes_into_the_convolution(seed: int, bias: bool, affine: bool) -> None:
+    torch.manual_seed(seed)
+    module = nn.Sequential(nn.Conv2d(3, 6, 3, bias=bias), nn.BatchNorm2d(6, affine=affine, eps=1e-3), nn.ReLU())
+    assert_folds(worn(module, seed=seed), picture(), left=0)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv2d(4, 6, 3, stride=2, padding=1),
+        nn.Conv2d(4, 8, 3, groups=4),
+        nn.Conv2d(4, 6, 3, dilation=2, padding="same", padding_mode="reflect"),
+        Conv2dSame(4, 6, 3, stride=2, bias=False),
+    ],
+    ids=["strided", "grouped", "dilated", "padded as in TensorFlow"],
+)
+def test_convolutions_of_all_kinds_take_the_norm_up(layer: nn.Conv2d) -> None:
+    module = worn(nn.Sequential(layer, nn.BatchNorm2d(layer.out_channels)))
+    assert uses_weights_plainly(layer)
+    assert_folds(module, picture(4), left=0, graph=sequence(module))
+
+
+def test_one_dimensional_convolution_takes_the_norm_up() -> None:
+    module = worn(nn.Sequential(nn.Conv1d(3, 5, 3), nn.BatchNorm1d(5)))
+    assert_folds(module, torch.randn(2, 3, 8), left=0)
+
+
+def test_linear_layer_on_rows_takes_the_norm_up() -> None:
+    module = worn(nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 5), nn.BatchNorm1d(5)))
+    assert_folds(module, torch.randn(6, 4), left=0)
+
+
+def test_norm_with_an_activation_leaves_the_activation() -> None:
+    module = worn(nn.Sequential(nn.Conv2d(3, 5, 3), BatchNormAct2d(5, act_layer=nn.SiLU)))
+    graph = sequence(module)
+    x = picture()
+    folded = fold_batchnorm(module, graph)
+    assert norms(folded) == 0
+    assert [type(m).__name__ for m in folded[1].children()] == ["SiLU"]  # type: ignore[index]
+    with torch.no_grad():
+        assert torch.allclose(folded(x), module(x), atol=1e-5)
+        assert float(folded(x).min()) < 0  # and nothing was rectified twice
+
+
+def test_residual_block_folds_both_norms_beside_the_skip() -> None:
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv1, self.bn1 = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
+            self.conv2, self.bn2 = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return F.relu(x + self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))))
+
+    assert_folds(worn(nn.Sequential(Residual(), Residual())), picture(), left=0)
+
+
+# --- what is left alone ---
+
+
+class TwoUsers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.conv(x)
+        return self.bn(x) + x
+
+
+class CalledTwice(TwoUsers):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.bn(self.conv(x)) + F.relu(self.conv(x))
+
+
+class NormTwice(TwoUsers):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.bn(self.conv(self.bn(x)))
+
+
+class TwoNames(TwoUsers):
+    """One layer under two names, each called once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.again, self.other = self.conv, nn.BatchNorm2d(3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.other(self.again(self.bn(self.conv(x))))
+
+
+class WeightsRead(TwoUsers):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.bn(self.conv(x)) + self.conv.weight.sum()
+
+
+class NormRead(TwoUsers):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.bn(self.conv(x)) * self.bn.weight.sum()
+
+
+class Between(TwoUsers):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.bn(F.relu(self.conv(x)))
+
+
+class Before(TwoUsers):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(self.bn(x))
+
+
+@pytest.mark.parametrize(
+    ("kind", "left"),
+    [(TwoUsers, 1), (CalledTwice, 1), (NormTwice, 1), (TwoNames, 2), (WeightsRead, 1), (NormRead, 1), (Between, 1)]
+    + [(Before, 1)],
+)
+def test_layer_or_norm_with_another_use_is_left_alone(kind: type[nn.Module], left: int) -> None:
+    torch.manual_seed(0)
+    assert_folds(worn(kind()), picture(), left=left)
+
+
+def test_weights_shared_by_two_layers_are_folded_in_a_copy_of_their_own() -> None:
+    module = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1))
+    module[2].weight = module[0].weight
+    assert_folds(worn(module), picture(), left=0)
+
+
+@pytest.mark.parametrize("kind", [StdConv2d, ScaledStdConv2d])
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("bias", [True, False])
+def test_layer_that_standardises_its_weights_is_left_alone(kind: type[nn.Conv2d], kernel: int, bias: bool) -> None:
+    layer = kind(3, 5, kernel, bias=bias)
+    if bias:
+        nn.init.ones_(layer.bias)
+    assert not uses_weights_plainly(layer)
+    module = worn(nn.Sequential(layer, nn.BatchNorm2d(5)))
+    folded = fold_batchnorm(module, sequence(module))
+    with torch.no_grad():
+        assert norms(folded) == 1
+        assert torch.equal(folded(picture()), module(picture()))
+
+
+@pytest.mark.parametrize(
+    "dress",
+    [
+        nn.utils.parametrizations.weight_norm,
+        nn.utils.parametrizations.spectral_norm,
+        lambda layer: layer.register_forward_hook(lambda layer, inputs, output: output.abs()) and layer,
+        lambda layer: layer.register_forward_pre_hook(lambda layer, inputs: (inputs[0].abs(),)) and layer,
+    ],
+    ids=["weight norm", "spectral norm", "hook", "hook before"],
+)
+def test_layer_whose_weights_or_results_are_made_by_others_is_left_alone(
+    dress: Callable[[nn.Conv2d], nn.Module],
+) -> None:
+    layer = nn.Conv2d(3, 5, 3)
+    dress(layer)
+    module = worn(nn.Sequential(layer, nn.BatchNorm2d(5)))
+    assert not uses_weights_plainly(layer)
+    folded = fold_batchnorm(module, sequence(module))
+    with torch.no_grad():
+        assert norms(folded) == 1
+        assert torch.equal(folded(picture()), module(picture()))
+
+
+def test_layer_that_goes_on_with_an_activation_is_left_alone() -> None:
+    class Rectified(nn.Conv2d):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return F.relu(super().forward(x))
+
+    class OfTwo(nn.Linear):
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) + y
+
+    assert not uses_weights_plainly(Rectified(3, 5, 3))
+    assert not uses_weights_plainly(OfTwo(3, 5))
+    assert not uses_weights_plainly(nn.ReLU())
+
+
+def test_norm_of_a_class_that_does_more_is_left_alone() -> None:
+    class Doubling(nn.BatchNorm2d):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(x)
+
+    module = worn(nn.Sequential(nn.Conv2d(3, 5, 3), Doubling(5)))
+    folded = fold_batchnorm(module, sequence(module))
+    with torch.no_grad():
+        assert torch.equal(folded(picture()), module(picture()))
+
+
+def test_norm_in_training_mode_or_without_running_statistics_is_left_alone() -> None:
+    for norm in (nn.BatchNorm2d(5), nn.BatchNorm2d(5, track_running_stats=False)):
+        module = worn(nn.Sequential(nn.Conv2d(3, 5, 3), norm))
+        if norm.running_mean is not None:
+            norm.train()
+        assert norms(fold_batchnorm(copy.deepcopy(module))) == 1
+
+
+def test_linear_layer_on_a_sequence_is_left_alone_for_the_norm_is_over_its_positions() -> None:
+    module = worn(nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5)))
+    assert_folds(module, torch.randn(2, 5, 6), left=1)
+    other = worn(nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(4)))
+    assert_folds(other, torch.randn(2, 4, 6), left=1)
+
+
+def test_linear_layer_is_left_alone_while_nobody_says_what_it_is_given() -> None:
+    module = worn(nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5)))
+    assert norms(fold_batchnorm(module)) == 1
+
+
+def test_gradients_are_wanted_of_folded_weights_exactly_where_they_were_before() -> None:
+    module = worn(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)))
+    assert all(p.requires_grad for p in fold_batchnorm(module).parameters())
+    assert not any(p.requires_grad for p in fold_batchnorm(module.requires_grad_(False)).parameters())
