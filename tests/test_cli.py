@@ -110,8 +110,10 @@ def test_data_that_cannot_be_used_gets_one_sentence(tmp_path, tiny_images):
     assert not out.exists()
 
 
-def test_places_that_cannot_be_written_to_get_one_sentence(tiny_images):
-    assert "must be a folder" in refusal("fit", tiny_images, "--out", tiny_images / "ant" / "0.png")
+def test_places_that_cannot_be_written_to_get_one_sentence(tmp_path, tiny_images):
+    (tmp_path / "file").write_text("")
+    assert "must be a folder" in refusal("fit", tiny_images, "--out", tmp_path / "file")
+    assert "must not lie inside the data" in refusal("fit", tiny_images, "--out", tiny_images / "run")
     assert "must be a folder" in refusal("fit", tiny_images, "--out", "/dev/null/run")
     assert "/proc/no" in refusal("fit", tiny_images, "--out", "/proc/no/run")
 
@@ -365,7 +367,7 @@ def test_curve_names_what_was_left_out_and_what_was_passed_over(real_run, tmp_pa
     done = run("curve", few, "-v", env=store)
     lines = done.stderr.splitlines()
     assert lines[0] == "1 picture was left out:"
-    assert lines[1].startswith("- ant/bad.png: ")
+    assert lines[1].startswith("- ant/bad.png must ")
     assert lines[2] == "passed over ant/notes.txt: its name does not end like a picture's"
     assert lines[3].startswith("warning: judged with 3 folds instead of 5")
     assert "reuse up to" in done.stdout
@@ -405,7 +407,7 @@ def test_leaks_are_told(real_run, tmp_path):
     leaky = shutil.copytree(data, tmp_path / "leaky")
     shutil.copy(leaky / "train" / "ant" / "0.png", leaky / "test" / "ant" / "again.png")
     done = run("fit", leaky, "--out", tmp_path / "run", env=store)
-    assert "warning: 1 test pictures were also learned from" in done.stderr
+    assert "warning: test pictures that were also learned from: 1; " in done.stderr
     assert "test/ant/again.png, with bytes equal to train/ant/0.png" in done.stderr
 
 
@@ -443,3 +445,17 @@ def test_an_interrupted_fit_says_so_and_computes_only_the_rest_afterwards(tmp_pa
     record = json.loads(run("fit", data, "--out", tmp_path / "run", "--json").stdout)
     assert record["forward_passes"] == 160 - max(pictures)
     assert record["status"] == "finished"
+
+
+@pytest.mark.slow
+def test_the_default_network_says_the_same_on_a_processor_with_fewer_instructions(real_run, tmp_path):
+    folder, data, _ = real_run
+    few = ("env", "ONEDNN_MAX_CPU_ISA=AVX2", "ATEN_CPU_CAPABILITY=avx2")
+    here, there = (
+        json.loads(command_line("predict", folder, data, "--json", "--top", "3", cache=tmp_path, before=before).stdout)
+        for before in ((), few)
+    )
+    for ours, theirs in zip(here["predictions"], there["predictions"], strict=True):
+        assert ours["label"] == theirs["label"]
+        there_by_label = {t["label"]: t["probability"] for t in theirs["top"]}
+        assert all(abs(t["probability"] - there_by_label[t["label"]]) < 0.01 for t in ours["top"])

@@ -358,11 +358,15 @@ def test_npz_cut_short_anywhere_gets_one_sentence(tmp_path):
 
 
 def test_an_array_that_is_no_picture_is_named():
-    dataset = from_arrays([np.zeros((3, 4, 7)), np.array([None, {}])], ["a", "b"])
+    half = io.BytesIO(png()[:-25])
+    dataset = from_arrays([np.zeros((3, 4, 7)), np.array([None, {}]), [[1], [2, 3]], Image.open(half)], list("abab"))
     with pytest.raises(PictureError, match=r"images\[0\]"):
         read(dataset.examples[0]).decode()
     with pytest.raises(PictureError, match=r"images\[1\] must be a path"):
         read(dataset.examples[1])
+    for i in (2, 3):
+        with pytest.raises(PictureError, match=rf"images\[{i}\] cannot be read: "):
+            read(dataset.examples[i])
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "LA", "I;16", "CMYK"])

@@ -15,8 +15,6 @@ import tiny
 from conftest import SOURCES
 from regraft.cli import main
 
-pytestmark = pytest.mark.xdist_group("real")
-
 CUT_OFF = """
 import os, socket
 

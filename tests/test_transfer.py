@@ -80,6 +80,16 @@ def test_the_same_fit_twice_is_the_same_model(tmp_path, tiny_images):
     assert one.record["curve"]["cuts"] == two.record["curve"]["cuts"]
 
 
+def test_classes_of_any_name_come_through_to_the_saved_model_and_the_report(tmp_path):
+    names = [os.fsdecode(b"caf\xe9"), "two\nlines", "<b>&\N{GRINNING FACE}"]
+    run = fit(tiny.write_pictures(tmp_path / "data", classes=names), tmp_path / "run")
+    assert run.record["data"]["labels"] == sorted(names)
+    assert load_model(run.folder, backbone=tiny.TinyNet()).labels == tuple(sorted(names))
+    page = (run.folder / "report.html").read_text("utf-8")
+    assert "caf\\xe9" in page
+    assert "<b>&" not in page
+
+
 def test_validation_pictures_are_learned_from_and_test_pictures_are_not(tmp_path):
     for i, (split, each) in enumerate({"train": 6, "val": 2, "test": 3}.items()):
         tiny.write_pictures(tmp_path / "data" / split, each=each, seed=i)
@@ -183,8 +193,13 @@ def test_an_interrupted_run_belongs_to_its_options(tmp_path, tiny_images):
 
 
 def test_a_folder_of_other_files_is_not_written_to(tmp_path, tiny_images):
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "thesis.tex").write_text("text")
     with pytest.raises(RunError, match="must be new, empty or a run; it holds other files"):
-        fit(tiny_images, tiny_images)
+        fit(tiny_images, other)
+    with pytest.raises(RunError, match="must not lie inside the data"):
+        fit(tiny_images, tiny_images / "run")
     (tmp_path / "file").write_text("text")
     with pytest.raises(RunError, match="must be a folder"):
         fit(tiny_images, tmp_path / "file")

@@ -122,14 +122,18 @@ def weights_digest(module: nn.Module, code: str) -> str:
     """
     parts: list[bytes | memoryview] = [code.encode()]
     for path, layer in module.named_modules():
-        settings = {
-            k: v for k, v in vars(layer).items() if k != "training" and isinstance(v, bool | int | float | str | tuple)
-        }
+        settings = {k: v for k, v in vars(layer).items() if k != "training" and _is_plain(v)}
         parts.append(f"{path} {type(layer).__qualname__} {sorted(settings.items())}".encode())
     for name, tensor in sorted([*module.named_parameters(), *module.named_buffers()]):
         parts.append(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         parts.append(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest(*parts)
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, tuple | list):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, bool | int | float | str)
 
 
 def _from_module(module: nn.Module, example: torch.Tensor | None, preprocess: PreprocessSpec | None) -> Backbone:

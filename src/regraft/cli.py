@@ -354,7 +354,8 @@ def _tell_left_out(items: Sequence[dict[str, str]]) -> None:
     if items:
         to_stderr(f"{len(items)} {'picture was' if len(items) == 1 else 'pictures were'} left out:")
     for item in items[:LISTED]:
-        to_stderr(f"- {item['where']}: {item['reason']}")
+        named = item["where"] in item["reason"]
+        to_stderr(f"- {item['reason']}" if named else f"- {item['where']}: {item['reason']}")
 
 
 def _tell_passed_over(items: Sequence[dict[str, str]], verbose: bool) -> None:
@@ -376,7 +377,7 @@ def _tell_leaks(leaks: Sequence[dict[str, str]]) -> None:
     if leaks:
         first = leaks[0]
         to_stderr(
-            f"warning: {len(leaks)} test pictures were also learned from, so the test score flatters the model; the "
+            f"warning: test pictures that were also learned from: {len(leaks)}; the test score flatters the model; the "
             f"first is {first['tested']}, with {first['equal']} equal to {first['learned']}"
         )
 

@@ -59,6 +59,7 @@ class Example:
 
     where: its path inside the data set, or `images[17]`; label: index into the data set's labels.
     group: pictures of one group share a split and a fold; empty if each stands alone.
+    array: the samples, or a PIL image, where there is no `path`.
     inside: its path inside its class folder, which groups are searched in.
     """
 
@@ -67,7 +68,7 @@ class Example:
     split: Split
     group: str = ""
     path: Path | None = None
-    array: np.ndarray | None = None
+    array: Any = None
     inside: str = ""
 
 
@@ -145,7 +146,7 @@ def from_arrays(
     names = sorted(set(values))
     index = {v: i for i, v in enumerate(names)}
     examples = tuple(
-        Example(f"images[{i}]", index[value], "train", array=_samples(image), inside=f"images[{i}]")
+        Example(f"images[{i}]", index[value], "train", array=image, inside=f"images[{i}]")
         for i, (image, value) in enumerate(zip(images, values, strict=True))
     )
     return Dataset(source, tuple(str(v) for v in names), examples)
@@ -189,7 +190,11 @@ def open_picture(item: Any, *, where: str) -> Raw:
     if isinstance(item, bytes | bytearray | memoryview):
         data = bytes(item)
         return Raw(digest(data), where, data, None)
-    array = np.ascontiguousarray(_samples(item))
+    try:
+        array = np.ascontiguousarray(_samples(item))
+    except Exception as e:  # an image of PIL that is read only now, or ragged lists
+        words = str(e).partition("\n")[0].rstrip(".")
+        raise PictureError(f"{printable(where)} cannot be read: {words}.") from e
     if array.dtype.hasobject:
         raise PictureError(f"{printable(where)} must be a path, the bytes of a file or an array of numbers.")
     header = f"{array.dtype.str}{array.shape}".encode()

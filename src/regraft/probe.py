@@ -13,9 +13,24 @@ import torch
 
 from regraft.features import FeatureTable
 from regraft.heads import INPUT, Head, View
-from regraft.ridge import DUAL_ROWS, START, STRENGTHS, Path, Rows, Standard, cross_validate, fit, standardise
+from regraft.ridge import (
+    DUAL_ROWS,
+    START,
+    STRENGTHS,
+    Path,
+    Rows,
+    Standard,
+    cross_validate,
+    cross_validate_gram,
+    dual_is_cheaper,
+    fit,
+    gram,
+    standardise,
+)
 from regraft.scores import fit_sharpness
 
+KEPT_ROWS = 2000
+"""Up to this many pictures the inner products of each view (16 MB then) are kept."""
 WIDEST = 5000
 """The most features a head on several cuts sees where there are too many pictures for the dual."""
 
@@ -67,11 +82,15 @@ class Trial:
 
 @dataclass(frozen=True)
 class Bench:
-    """Features of the examples to learn from: a table and the rows chosen from it, all grey or not."""
+    """Features of the examples to learn from: a table and the rows chosen from it, all grey or not.
+
+    products: inner products of views, kept for the heads on several cuts while there are few pictures.
+    """
 
     table: FeatureTable
     chosen: np.ndarray
     grey: bool
+    products: dict[View, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     def views(self, cut: str) -> tuple[View, ...]:
         """The views that a head on this cut is tried with."""
@@ -140,8 +159,17 @@ def next_start(trial: Trial) -> int:
 
 
 def _path(bench: Bench, task: Task, views: tuple[View, ...], start: int) -> Path:
-    standard = _standard(bench, views)
-    return cross_validate(bench.rows(views), standard, task.targets, torch.from_numpy(task.folds), start)
+    folds = torch.from_numpy(task.folds)
+    if len(task.labels) <= KEPT_ROWS and dual_is_cheaper(len(task.labels), sum(view.dim for view in views), folds):
+        mean = torch.stack([_products(bench, view) for view in views]).mean(0)
+        return cross_validate_gram(mean, task.targets, folds, start)
+    return cross_validate(bench.rows(views), _standard(bench, views), task.targets, folds, start)
+
+
+def _products(bench: Bench, view: View) -> torch.Tensor:
+    if view not in bench.products:
+        bench.products[view] = gram(bench.rows((view,)), _standard(bench, (view,)))
+    return bench.products[view]
 
 
 def _standard(bench: Bench, views: tuple[View, ...]) -> Standard:

@@ -26,7 +26,7 @@ from regraft.learned import consistent, marks_of, refuse_unsound, task_of
 from regraft.numerics import Numerics, pick_numerics
 from regraft.predict import Evaluation, evaluate_model, worst
 from regraft.probe import Bench, Task, Trial, all_grey, fit_head
-from regraft.record import read_record, refuse_other_options, write_record
+from regraft.record import read_record, refuse_inside, refuse_other_options, write_record
 from regraft.report import REPORT_FILE, write_report
 from regraft.scores import calibration_error, confusion
 from regraft.search import Choice, choose, curve_interval, run_trials
@@ -143,6 +143,7 @@ def fit(
     dataset = load_data(data, group=group, allow_empty_class=allow_empty_class)
     tested = _test_data(dataset, test, group)
     folder = Path(out)
+    refuse_inside(folder, dataset.source)
     options = {
         "data": _place(dataset),
         "test": _place(tested) if tested else None,
@@ -249,7 +250,7 @@ def _curve(
     at = time.perf_counter()
     bench = Bench(table, chosen, all_grey(table, chosen))
     task = task_of(table, chosen, len(dataset.labels), seed, names=dataset.labels)
-    steps = len(names) + 3
+    steps = len(names) + 5
     done: list[Trial] = []
 
     def tell(trial: Trial) -> None:

@@ -40,6 +40,12 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     return record
 
 
+def refuse_inside(folder: Path, data: str) -> None:
+    """Raise RunError for a run inside the data: it would be found among the classes the next time."""
+    if os.path.isdir(data) and folder.resolve().is_relative_to(Path(data).resolve()):
+        raise RunError(f"{folder} must not lie inside the data, {data}: choose another --out.")
+
+
 def refuse_other_options(folder: Path, record: dict[str, Any], options: dict[str, Any]) -> None:
     """Raise RunError, which names the differences, unless the run in `folder` was asked the same."""
     before = record["options"]

@@ -21,7 +21,7 @@ import torch
 
 STRENGTHS = tuple(float(10 ** (e / 2)) for e in range(-5, 2))
 """From 0.003 to 3, relative to examples whose squared norm is 1 on average."""
-START = 3
+START = 4
 DUAL_ROWS = 4000
 BLOCK = 4096
 
@@ -77,11 +77,20 @@ def cross_validate(rows: Rows, standard: Standard, targets: torch.Tensor, folds:
 
     targets: float32 (n, classes), one-hot; folds: int64 (repeats, n).
     """
-    if _dual_is_cheaper(len(targets), len(standard.centre) + 1, len(folds) * int(folds.max() + 1)):
-        solve = _dual(_all(rows, standard), targets, folds)
-    else:
-        solve = _primal(rows, standard, targets, folds)
-    return _walk(solve, targets, start)
+    if dual_is_cheaper(len(targets), len(standard.centre), folds):
+        return cross_validate_gram(gram(rows, standard), targets, folds, start)
+    return _walk(_primal(rows, standard, targets, folds), targets, start)
+
+
+def gram(rows: Rows, standard: Standard) -> torch.Tensor:
+    """Inner products of all standardised rows, float32 (n, n), without the intercept."""
+    x = _all(rows, standard)[:, :-1]
+    return x @ x.T
+
+
+def cross_validate_gram(products: torch.Tensor, targets: torch.Tensor, folds: torch.Tensor, start: int) -> Path:
+    """`cross_validate` for rows whose inner products (see `gram`) are known; means of them are those of a joint head."""
+    return _walk(_dual(products + 1, targets, folds), targets, start)
 
 
 def fit(rows: Rows, standard: Standard, targets: torch.Tensor, strength: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -92,9 +101,9 @@ def fit(rows: Rows, standard: Standard, targets: torch.Tensor, strength: float) 
     n, dim = len(targets), len(standard.centre) + 1
     if n <= min(DUAL_ROWS, dim):
         x = _all(rows, standard).double()
-        gram = x @ x.T
-        gram.diagonal().add_(strength)
-        solution = x.T @ torch.linalg.solve(gram, targets.double())
+        products = x @ x.T
+        products.diagonal().add_(strength)
+        solution = x.T @ torch.linalg.solve(products, targets.double())
     else:
         square, product = torch.zeros(dim, dim), torch.zeros(dim, targets.shape[1])
         for x, at in _blocks(rows, standard):
@@ -108,10 +117,11 @@ def fit(rows: Rows, standard: Standard, targets: torch.Tensor, strength: float) 
     return weight.float().contiguous(), bias.float()
 
 
-def _dual_is_cheaper(n: int, dim: int, solves: int) -> bool:
-    """Multiplications of the two ways for about three strengths: one n x n inverse, or one dim x dim solve a fold."""
-    dual = n * n * dim + 3 * n**3
-    primal = n * dim * dim * 3 + 3 * solves * dim**3 / 6
+def dual_is_cheaper(n: int, dim: int, folds: torch.Tensor) -> bool:
+    """Multiplications of the two ways for about four strengths: one n x n inverse, or one dim x dim solve a fold."""
+    repeats, solves = len(folds), len(folds) * int(folds.max() + 1)
+    dual = n * n * dim + 4 * n**3
+    primal = repeats * n * dim * dim + 4 * solves * dim**3 / 3
     return n <= DUAL_ROWS and dual <= primal
 
 
@@ -135,12 +145,11 @@ def _walk(solve: Callable[[float], torch.Tensor], targets: torch.Tensor, start: 
         at = best
 
 
-def _dual(x: torch.Tensor, targets: torch.Tensor, folds: torch.Tensor) -> Callable[[float], torch.Tensor]:
-    gram = x @ x.T
+def _dual(products: torch.Tensor, targets: torch.Tensor, folds: torch.Tensor) -> Callable[[float], torch.Tensor]:
     members = [[(f == k).nonzero()[:, 0] for k in range(int(f.max()) + 1)] for f in folds]
 
     def solve(strength: float) -> torch.Tensor:
-        shifted = gram.clone()
+        shifted = products.clone()
         shifted.diagonal().add_(strength)
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(shifted))
         weighted = inverse @ targets
