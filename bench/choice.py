@@ -6,8 +6,8 @@
 For each draw of n training pictures: the rule chooses; its stated 95 % interval is held against the accuracy of the
 chosen head on all test pictures; regret is the best trial's test accuracy less the chosen one's. `always deepest`
 is the regret of taking the last cut without looking. Three rules are compared on the same draws: least log-loss among
-the equals of the best mean (ours), the best mean alone, the least log-loss alone. --verdicts shuffles the pixels of fashion and digits by one
-fixed permutation (transfer must not help) and runs photos (it must).
+the equals of the best mean (ours), the best mean alone, the least log-loss alone. --verdicts shuffles the pixels of
+fashion and digits by one fixed permutation (transfer must not help) and runs photos (it must).
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def main() -> None:
 def draws(data: Path, sets: list[str], sizes: list[int], count: int, keep: Path) -> list[str]:
     """One row per set and size, and their mean."""
     out = [
-        "| set | pictures | draws | covered | stated | test | regret | best mean alone | least log-loss alone | deepest |",
+        "| set | pictures | draws | covered | stated | test | regret | best mean | least log-loss | deepest |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     keep.mkdir(parents=True, exist_ok=True)

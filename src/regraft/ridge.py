@@ -89,7 +89,7 @@ def gram(rows: Rows, standard: Standard) -> torch.Tensor:
 
 
 def cross_validate_gram(products: torch.Tensor, targets: torch.Tensor, folds: torch.Tensor, start: int) -> Path:
-    """`cross_validate` for rows whose inner products (see `gram`) are known; means of them are those of a joint head."""
+    """`cross_validate` from inner products (see `gram`); the mean of several is that of a joint head."""
     return _walk(_dual(products + 1, targets, folds), targets, start)
 
 
