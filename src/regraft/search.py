@@ -103,11 +103,11 @@ def choose(trials: Sequence[Trial], task: Task) -> Choice:
     gain = paired_difference(hits, raw.hits, task.groups)
     helps = gain.low > 0
     if helps:
-        reason = f"transfer helps: the network is {_points(gain)} better than the raw input"
+        reason = f"transfer helps: {_points(gain)} over the raw input"
         if picked is not best:
             reason += f"; {picked.name} is as good as {best.name} within the noise and has the least log-loss"
     else:
-        reason = f"transfer does not help here: the network is {_points(gain)} better than the raw input"
+        reason = f"transfer does not help here: {_points(gain)} over the raw input, within the noise or below it"
     score = bootstrap_interval(hits if helps else raw.hits, task.groups)
     return Choice(picked if helps else raw, best, score, gain, helps, reason)
 
