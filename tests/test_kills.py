@@ -27,7 +27,7 @@ def assert_right(figures: dict[str, int]) -> None:
 
 
 def test_extraction_killed_10_times_makes_the_missing_pictures_only_and_the_same_features(tmp_path: Path) -> None:
-    assert_right(killed(tmp_path, kills=10, seed=0, each=60))
+    assert_right(killed(tmp_path, kills=10, seed=0, each=40))
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from regraft.scores import (
+    Interval,
     balanced_accuracy,
     bootstrap_interval,
     calibration_error,
@@ -14,6 +15,7 @@ from regraft.scores import (
     fit_sharpness,
     log_loss,
     paired_difference,
+    widened,
 )
 
 
@@ -181,3 +183,11 @@ def test_confusion_counts_true_classes_down_and_predicted_ones_across() -> None:
 def test_balanced_accuracy_is_the_mean_recall_of_the_classes_that_are_present() -> None:
     counts = confusion(np.array([0, 0, 0, 1, 0, 3]), np.array([0, 0, 0, 0, 1, 3]), 4)
     assert balanced_accuracy(counts) == pytest.approx((3 / 4 + 0 + 1) / 3)  # of class 2 there is nothing
+
+
+def test_an_interval_for_unseen_pictures_is_wider_by_what_overlapping_heads_hide() -> None:
+    found = widened(Interval(0.8, 0.7, 0.85), 1 / 5)
+    assert found.score == 0.8
+    assert found.low == pytest.approx(0.8 - 0.1 * 1.25**0.5)
+    assert found.high == pytest.approx(0.8 + 0.05 * 1.25**0.5)
+    assert widened(Interval(0.99, 0.98, 1.0), 1 / 2).high == 1.0

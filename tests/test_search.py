@@ -8,7 +8,7 @@ import torch
 
 from regraft.heads import INPUT, View
 from regraft.probe import Task, Trial
-from regraft.scores import bootstrap_interval
+from regraft.scores import bootstrap_interval, widened
 from regraft.search import Choice, choose, curve_interval, run_trials
 from tables import bench_of, classes, pixels, task_of, telling, useless
 
@@ -101,9 +101,12 @@ def test_help_is_seldom_claimed_of_twenty_cuts_that_are_as_good_as_the_input() -
 # --- the score that is stated ---
 
 
-def test_score_of_a_choice_that_is_never_in_doubt_is_that_of_the_chosen_trial() -> None:
+def test_score_of_a_choice_that_is_never_in_doubt_is_that_of_the_chosen_trial_with_a_wider_interval() -> None:
     found = choose([trial(INPUT, right(0.4)), trial("a", right(0.9))], TASK)
-    assert found.score == bootstrap_interval(found.trial.hits, TASK.groups) == curve_interval(found.trial, TASK)
+    own = bootstrap_interval(found.trial.hits, TASK.groups)
+    assert own == curve_interval(found.trial, TASK)
+    assert found.score == widened(own, 1 / (int(TASK.folds.max()) + 1))
+    assert found.score.low < own.low < own.high < found.score.high
 
 
 def test_winner_among_many_equals_is_flattered_and_the_stated_score_is_not() -> None:

@@ -46,6 +46,18 @@ def bootstrap_interval(hits: np.ndarray, groups: np.ndarray) -> Interval:
     return Interval(score, float(min(low, score)), float(max(high, score)))
 
 
+def widened(interval: Interval, held_out: float) -> Interval:
+    """The interval for pictures not seen yet: wider by sqrt(1 + held_out / (1 - held_out)), within [0, 1].
+
+    held_out: share of the examples in a fold. The heads that were judged are made from overlapping examples, which a
+    bootstrap of their hits does not see (Nadeau and Bengio 2003).
+    """
+    factor = (1 + held_out / (1 - held_out)) ** 0.5
+    low = interval.score - factor * (interval.score - interval.low)
+    high = interval.score + factor * (interval.high - interval.score)
+    return Interval(interval.score, max(0.0, low), min(1.0, high))
+
+
 def paired_difference(ours: np.ndarray, theirs: np.ndarray, groups: np.ndarray) -> Interval:
     """Mean of ours - theirs, hits (n,) on the same examples, with its normal 95 % interval clustered by group."""
     difference = ours - theirs
