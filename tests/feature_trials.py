@@ -57,6 +57,13 @@ def table_digest(table: FeatureTable) -> str:
     return digest(*(i.encode() for i in (*table.ids, *table.pixels)), *rows)
 
 
+def assert_equal_tables(a: FeatureTable, b: FeatureTable) -> None:
+    """The same pictures with the same rows, bit for bit."""
+    assert (a.ids, a.pixels, a.shapes) == (b.ids, b.pixels, b.shapes)
+    for cut in a.shapes:
+        assert values(a, cut).tobytes() == values(b, cut).tobytes()
+
+
 def complete(store: FeatureStore, backbone: Backbone) -> frozenset[str]:
     """The pictures of which the store has the rows of every key."""
     frozen = freeze_lower(backbone.trace, CUTS, backbone.preprocess, NUMERICS)

@@ -20,8 +20,13 @@ import regraft
 import tiny
 from conftest import SOURCES
 from regraft import files
-from regraft.artifact import MANIFEST_FILE, WEIGHTS_FILE, load_model, save_model
+from regraft.artifact import MANIFEST_FILE, WEIGHTS_FILE, assemble, load_model, save_model
+from regraft.backbone import load_backbone
 from regraft.errors import ArtifactError, BackboneError, PictureError
+from regraft.features import INPUT_SPEC
+from regraft.heads import INPUT, Head, View
+from regraft.numerics import pick_numerics
+from regraft.preprocess import fit_to_size
 from regraft.store import open_store
 
 FLIPS = 2000
@@ -323,3 +328,12 @@ def test_a_processor_with_fewer_instructions_gives_the_same_labels_and_probabili
         label, *values = line.split()
         assert label == here.label
         assert np.allclose([float.fromhex(v) for v in values], [v for _, v in here.ranked], atol=0.01)
+
+
+def test_a_model_on_the_raw_input_prepares_pictures_as_its_features_were_prepared() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (480, 640, 3)).astype(np.uint8)
+    head = Head((View(INPUT, 1, 3072, True),), torch.zeros(2, 3072), torch.zeros(2))
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2))
+    backbone = load_backbone(network, example=torch.zeros(2, 3, 8, 8))
+    model = assemble(backbone, head, ("a", "b"), pick_numerics("cpu"))
+    assert torch.equal(fit_to_size(pixels, model.preprocess), fit_to_size(pixels, INPUT_SPEC))

@@ -35,7 +35,7 @@ from regraft.files import digest_json, write_atomic
 from regraft.frozen import FrozenLower, freeze_lower, run_frozen
 from regraft.heads import INPUT, Head, View
 from regraft.numerics import Numerics, pick_numerics
-from regraft.preprocess import PreprocessSpec, fit_to_size, plain_spec, spec_from_json
+from regraft.preprocess import PreprocessSpec, fit_to_size, input_spec, spec_from_json
 
 FORMAT = 1
 WEIGHTS_FILE = "model.safetensors"
@@ -158,7 +158,7 @@ class TransferModel:
 def assemble(backbone: Backbone, head: Head, labels: Sequence[str], numerics: Numerics) -> TransferModel:
     """A model from the frozen part of a backbone and a head fitted on its features."""
     if head.cuts == (INPUT,):
-        spec = plain_spec(32, 32, 1 if head.views[0].grey else 3)
+        spec = input_spec(1 if head.views[0].grey else 3)
         return TransferModel(head, tuple(labels), None, None, spec, numerics)
     frozen = freeze_lower(backbone.trace, head.cuts, backbone.preprocess, numerics)
     return TransferModel(head, tuple(labels), frozen, backbone.source, backbone.preprocess, numerics)

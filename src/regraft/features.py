@@ -24,7 +24,7 @@ from regraft.files import digest
 from regraft.frozen import FrozenLower, NotFinite, channels_of, freeze_lower, run_frozen
 from regraft.heads import INPUT
 from regraft.numerics import Numerics
-from regraft.preprocess import PreprocessSpec, fit_to_size, plain_spec
+from regraft.preprocess import PreprocessSpec, fit_to_size, input_spec
 from regraft.ridge import Rows
 from regraft.store import (
     FeatureKey,
@@ -37,7 +37,7 @@ from regraft.store import (
     write_features,
 )
 
-INPUT_SPEC = plain_spec(32, 32, 3, reducing_gap=3.0)
+INPUT_SPEC = input_spec(3)
 PIXELS = "pixels"
 PREPARATION = 1
 """Raised when decoding, resizing, folding or pooling changes its answer, so that no older features pass for these."""

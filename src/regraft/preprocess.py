@@ -91,6 +91,11 @@ def plain_spec(height: int, width: int, channels: int, *, reducing_gap: float | 
     )
 
 
+def input_spec(channels: int) -> PreprocessSpec:
+    """The preparation of depth 0 of every curve: 32 x 32 without keeping the shape, grey (1) or colour (3)."""
+    return plain_spec(32, 32, channels, reducing_gap=3.0)
+
+
 def fit_to_size(pixels: np.ndarray, spec: PreprocessSpec) -> torch.Tensor:
     """One picture, uint8 (H, W, 1 or 3), resized and centre-cropped to uint8 (channels, *spec.size).
 
