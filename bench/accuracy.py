@@ -3,7 +3,7 @@
     python bench/accuracy.py DATA_FOLDER [--sets photos,elpv] [--seeds 3] [--note TEXT]
 
 DATA_FOLDER/SET/train/CLASS and DATA_FOLDER/SET/test/CLASS hold the pictures. Everything is chosen by cross-validation
-on train/; this file alone reads test/. Each run appends a dated row per set to bench/RESULTS.md.
+on train/; nothing is chosen on test/. Each run appends a dated row per set to bench/RESULTS.md.
 """
 
 from __future__ import annotations

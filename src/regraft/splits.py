@@ -15,7 +15,7 @@ from regraft.errors import DataError
 FOLDS = 5
 REPEATS = 3
 ENOUGH_FOR_ONE_REPEAT = 5000
-"""From this many examples on one repeat is made: a second moves the mean by less than a tenth of its interval."""
+"""From this many examples on one repeat is made: more would only average the noise of the split."""
 TRIES = 20
 
 
