@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 import numpy as np
 
 from regraft.data import Example
 from regraft.features import FeatureTable
+from regraft.files import digest
 from regraft.probe import Bench, Task
 from regraft.splits import fold_assignments
-from regraft.store import open_store
+from regraft.store import FeatureKey, open_store
+
+PLACE = tempfile.TemporaryDirectory()
 
 
 def table_of(values: dict[str, np.ndarray], labels: np.ndarray) -> FeatureTable:
@@ -20,7 +24,8 @@ def table_of(values: dict[str, np.ndarray], labels: np.ndarray) -> FeatureTable:
     examples = tuple(Example(f"{i}.png", int(label), "train") for i, label in enumerate(labels))
     shapes = {cut: value.shape[1:] for cut, value in values.items()}
     held = {cut: value.reshape(n, -1).astype(np.float16) for cut, value in values.items()}
-    return FeatureTable(examples, ids, ids, (), (), shapes, 0, {}, open_store(Path("nowhere")), {}, held)
+    keys = {cut: FeatureKey({"made": digest(rows.tobytes())}) for cut, rows in held.items()}
+    return FeatureTable(examples, ids, ids, (), (), shapes, 0, {}, open_store(Path(PLACE.name)), keys, held)
 
 
 def bench_of(values: dict[str, np.ndarray], labels: np.ndarray, *, grey: bool = False) -> Bench:

@@ -389,11 +389,14 @@ def test_the_store_is_listed_verified_and_pruned(real_run, tmp_path):
     folder, _, _ = real_run
     store = {"REGRAFT_CACHE": str(shutil.copytree(folder.parent / "store", tmp_path / "copy"))}
     listed = json.loads(run("cache", "list", "--json", env=store).stdout)
-    assert {entry["pictures"] for entry in listed["entries"]} == {30}
+    features = [entry for entry in listed["entries"] if entry["facts"]["kind"] != "probes"]
+    probes = [entry for entry in listed["entries"] if entry not in features]
+    assert {entry["pictures"] for entry in features} == {30}
+    assert len(probes) == 1
     assert f"{len(listed['entries'])} keys" in run("cache", "list", env=store).stdout
     verified = json.loads(run("cache", "verify", "--json", env=store).stdout)
     assert verified["damaged"] == []
-    assert verified["rows"] == 30 * len(listed["entries"])
+    assert verified["rows"] == 30 * len(features) + probes[0]["pictures"]
     assert " 0 files damaged" in run("cache", "verify", env=store).stdout
     pruned = json.loads(run("cache", "prune", "--max-bytes", "0", "--json", env=store).stdout)
     assert len(pruned["keys"]) == len(listed["entries"])

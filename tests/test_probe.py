@@ -7,7 +7,7 @@ import pytest
 import torch
 from sklearn.linear_model import Ridge
 
-from regraft.heads import INPUT, Head, View, linear_module
+from regraft.heads import INPUT, Head, View, _signs, linear_module, random_layer
 from regraft.probe import Bench, Task, all_grey, fit_head, next_start, probe_cut, probe_several
 from regraft.ridge import STRENGTHS, standardise
 from regraft.scores import calibration_error
@@ -116,6 +116,51 @@ def test_chosen_rows_are_the_ones_that_are_learned_from() -> None:
     bench = Bench(table_of(values, LABELS), chosen, False)
     (rows,) = bench.rows(bench.views("a"))()
     assert np.array_equal(rows, values["a"][chosen, 0].astype(np.float16))
+
+
+# --- the raw input ---
+
+
+def test_random_layer_gives_each_picture_the_same_bits_whatever_stands_beside_it() -> None:
+    levels = np.random.default_rng(0).integers(0, 256, (17, 3072)).astype(np.float16)
+    whole = random_layer(levels, 64)
+    assert whole.shape == (17, 64)
+    assert whole.dtype == np.float32
+    for i in range(17):
+        assert np.array_equal(random_layer(levels[i : i + 1], 64)[0], whole[i])
+
+
+def test_random_layer_is_the_rectified_projection_of_the_normalised_picture() -> None:
+    levels = np.random.default_rng(1).integers(0, 256, (3, 1024)).astype(np.float64)
+    normal = (levels - levels.mean(1, keepdims=True)) / (levels.std(1, keepdims=True) + 1)
+    signs = _signs(1024, 8)
+    assert set(np.unique(signs)) == {-1, 1}
+    assert abs(signs.mean()) < 0.05
+    assert np.allclose(random_layer(levels, 8), np.abs(normal @ signs) / 32, atol=1e-4)
+
+
+def test_random_layer_does_not_see_brightness_and_is_finite_on_one_grey() -> None:
+    levels = np.random.default_rng(2).integers(0, 100, (4, 1024)).astype(np.float16)
+    assert np.allclose(random_layer(levels, 32), random_layer(levels + 100, 32), atol=1e-4)
+    assert np.array_equal(random_layer(np.full((1, 1024), 200, np.float16), 32), np.zeros((1, 32), np.float32))
+
+
+def test_input_that_only_a_bent_line_parts_is_learned() -> None:
+    labels = classes(200, 2)
+    rng = np.random.default_rng(3)
+    side = rng.choice([-1, 1], 200)
+    corner = np.where(labels == 1, side, -side)
+    picture = rng.integers(100, 156, (200, 32, 32)).astype(np.float64)
+    picture[:, :16] += 60 * side[:, None, None]
+    picture[:, :, :16] += 60 * corner[:, None, None]
+    values = {INPUT: picture.reshape(200, 1, 1024).repeat(3, 1).reshape(200, 1, 3072).clip(0, 255).round()}
+    bench, task = bench_of(values, labels, grey=True), task_of(labels)
+    trial = probe_cut(bench, task, INPUT, 0)
+    assert trial.hits.mean() > 0.95
+    assert trial.views[0].hidden == 2048
+    head = fit_head(bench, task, trial)
+    said = head.logits({INPUT: values[INPUT][:, 0, :1024]}).argmax(1).numpy()
+    assert (said == labels).mean() > 0.95
 
 
 # --- several cuts ---

@@ -59,11 +59,21 @@ def test_difference_that_is_small_but_sure_parts_two_cuts() -> None:
 def test_input_is_kept_when_nothing_beats_it_beyond_the_noise() -> None:
     better = right(0.80)
     better[np.flatnonzero(~better)[:2]] = True
-    found = choose([trial(INPUT, right(0.8)), trial("a", better, loss=0.01), trial("b", right(0.7))], TASK)
+    found = choose([trial(INPUT, right(0.8)), trial("a", better), trial("b", right(0.7))], TASK)
     assert (found.trial.name, found.best.name, found.helps) == (INPUT, "a", False)
     assert found.gain.low <= 0 < found.gain.score
     assert found.reason.startswith("transfer does not help here: ")
     assert "+1.0 points (-" in found.reason
+
+
+def test_log_loss_that_is_lower_beyond_the_noise_tells_what_hits_cannot() -> None:
+    better = right(0.80)
+    better[np.flatnonzero(~better)[:2]] = True
+    surer = 0.4 + 0.1 * np.sin(np.arange(N))
+    found = choose([trial(INPUT, right(0.8)), trial("a", better, loss=surer)], TASK)
+    assert (found.trial.name, found.helps) == ("a", True)
+    assert found.gain.low <= 0 < found.sharper.low
+    assert found.reason.endswith("over the raw input, and a log-loss lower by 0.10 (0.09 to 0.11)")
 
 
 def test_input_that_is_better_than_all_is_kept() -> None:
@@ -93,8 +103,9 @@ def test_help_is_seldom_claimed_of_twenty_cuts_that_are_as_good_as_the_input() -
     claims = 0
     for seed in range(60):
         rng = np.random.default_rng(seed)
-        trials = [trial(f"cut{i}", rng.random(N) < 0.7, loss=rng.random()) for i in range(20)]
-        claims += choose([trial(INPUT, rng.random(N) < 0.7), *trials], TASK).helps
+        names = [f"cut{i}" for i in range(20)]
+        raw, *trials = [trial(n, rng.random(N) < 0.7, loss=rng.exponential(0.5, N)) for n in (INPUT, *names)]
+        claims += choose([raw, *trials], TASK).helps
     assert claims <= 6
 
 

@@ -44,10 +44,10 @@ EXAMPLE = torch.zeros(2, 3, 32, 32)
 
 
 def stripes(kind, rng, size=(40, 48)):
-    """Class 0, 1, 2: rows, columns, diagonals of random phase and sign. Pixel by pixel all classes have one mean."""
+    """Class 0, 1, 2: rows, columns, diagonals of random period and phase. Pixel by pixel all classes have one mean."""
     y, x = np.mgrid[: size[0], : size[1]]
     along = (y, x, (x + y) / 1.4)[kind]
-    wave = np.sign(np.sin(along * 2 * np.pi / 8 + rng.uniform(0, 2 * np.pi)))
+    wave = np.sign(np.sin(along * 2 * np.pi / rng.uniform(5, 14) + rng.uniform(0, 2 * np.pi)))
     grey = 127 + 90 * wave + rng.normal(0, 12, size)
     return np.clip(np.stack([grey, 0.9 * grey, 0.8 * grey], 2), 0, 255).astype(np.uint8)
 

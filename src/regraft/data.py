@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -202,11 +203,16 @@ def open_picture(item: Any, *, where: str) -> Raw:
 
 
 def pixel_digest(picture: Picture) -> str:
-    """Content hash of the pixels: equal for equal pictures in unequal files, and for grey kept as RGB."""
+    """Hash of the pixels: equal for equal pictures in unequal files, and for grey kept as RGB.
+
+    A checksum of all pixels and a content hash of some: no defence against forgery, and four times as fast.
+    """
     pixels = picture.pixels
     if all((some[..., :1] == some).all() for some in (pixels[::64], pixels)):  # most colour shows in the first few
         pixels = pixels[..., :1]
-    return digest(str(pixels.shape).encode(), np.ascontiguousarray(pixels).reshape(-1).data)
+    every = np.ascontiguousarray(pixels).reshape(-1).data
+    facts = [*pixels.shape, zlib.crc32(every)]
+    return digest(str(facts).encode(), np.ascontiguousarray(pixels[::8, ::8]).reshape(-1).data)
 
 
 def identity(dataset: Dataset, known: Mapping[str, str]) -> str:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from regraft.ahead import in_order
+from regraft.ahead import in_order, side_by_side
 from regraft.backbone import Backbone
 from regraft.data import Dataset, Example, LeftOut, pixel_digest, printable, read
 from regraft.errors import BackboneError, DataError, PictureError, StoreError
@@ -39,11 +39,11 @@ from regraft.store import (
 
 INPUT_SPEC = input_spec(3)
 PIXELS = "pixels"
-PREPARATION = 1
+PREPARATION = 2
 """Raised when decoding, resizing, folding or pooling changes its answer, so that no older features pass for these."""
 SHARD_ROWS = 512
 FLUSH_SECONDS = 10.0
-DECODERS = 2
+TOLD_EVERY = 32
 HELD_BYTES = 500_000_000
 """Rows beyond this are read from the store, block by block, whenever they are needed."""
 
@@ -173,36 +173,41 @@ def _pass(
     found: list[tuple[Example, str]] = []
     left_out: list[LeftOut] = []
     notes: list[LeftOut] = []
-    pending: list[_Prepared] = []
     computed: set[str] = set()
     buffer = _Buffer([], {name: [] for name in keys}, time.monotonic())
 
-    def compute() -> None:
-        _run_batch(pending, frozen, buffer)
-        computed.update(p.id for p in pending)
-        pending.clear()
-        if len(buffer.ids) >= SHARD_ROWS or time.monotonic() - buffer.since > FLUSH_SECONDS:
-            _flush(buffer, keys, store, stored, spilled)
+    def batches(pool: ThreadPoolExecutor) -> Iterator[tuple[int, list[_Prepared]]]:
+        """Batches to compute, now and then an empty one, and how many pictures are done with each."""
+        batch: list[_Prepared] = []
+        done = 0
+        prepared_ones = in_order(pool, lambda e: _prepare(e, have, frozen.preprocess), dataset.examples)
+        for done, (example, outcome) in enumerate(prepared_ones, 1):
+            if isinstance(outcome, LeftOut):
+                left_out.append(outcome)
+            else:
+                found.append((example, outcome[0]))
+                prepared = outcome[1]
+                if prepared and prepared.id not in computed:
+                    computed.add(prepared.id)
+                    notes.extend(LeftOut(example.where, note) for note in prepared.notes)
+                    batch.append(prepared)
+            if len(batch) == frozen.numerics.batch or (not batch and done % TOLD_EVERY == 0):
+                yield done, batch
+                batch = []
+        yield done, batch
 
-    def prepare(example: Example) -> tuple[str, _Prepared | None] | LeftOut:
-        return _prepare(example, have, frozen.preprocess)
-
+    ahead = 2 * torch.get_num_threads()
+    told = 0
     try:
-        with ThreadPoolExecutor(DECODERS) as pool:
-            for done, (example, outcome) in enumerate(in_order(pool, prepare, dataset.examples), 1):
-                if isinstance(outcome, LeftOut):
-                    left_out.append(outcome)
-                else:
-                    found.append((example, outcome[0]))
-                    prepared = outcome[1]
-                    if prepared and prepared.id not in computed and all(p.id != prepared.id for p in pending):
-                        notes += [LeftOut(example.where, note) for note in prepared.notes]
-                        pending.append(prepared)
-                    if len(pending) == frozen.numerics.batch:
-                        compute()
-                progress(done, len(dataset.examples))
-            if pending:
-                compute()
+        with side_by_side() as pool:
+            work = in_order(pool, lambda item: _run(item[1], frozen), batches(pool), ahead)
+            for (done, batch), values in work:
+                _keep(batch, values, frozen, buffer)
+                if len(buffer.ids) >= SHARD_ROWS or time.monotonic() - buffer.since > FLUSH_SECONDS:
+                    _flush(buffer, keys, store, stored, spilled)
+                while told < done:
+                    told += 1
+                    progress(told, len(dataset.examples))
     finally:  # an interrupt keeps what was computed
         _flush(buffer, keys, store, stored, spilled)
     return found, left_out, notes, len(computed)
@@ -221,19 +226,26 @@ def _prepare(example: Example, have: frozenset[str], spec: PreprocessSpec) -> tu
     return raw.id, _Prepared(raw.id, example.where, large, small, pixels, picture.notes)
 
 
-def _run_batch(pending: Sequence[_Prepared], frozen: FrozenLower, buffer: _Buffer) -> None:
+def _run(batch: Sequence[_Prepared], frozen: FrozenLower) -> list[np.ndarray]:
+    if not batch:
+        return []
     try:
-        values = run_frozen(frozen, torch.stack([p.large for p in pending]))
+        return run_frozen(frozen, torch.stack([p.large for p in batch]))
     except NotFinite as e:
         raise BackboneError(
-            f"The features of {printable(pending[e.row].where)} at cut {e.cut} must be finite; the network gives NaN "
+            f"The features of {printable(batch[e.row].where)} at cut {e.cut} must be finite; the network gives NaN "
             "or infinity for it: leave the picture out, or choose another backbone."
         ) from e
-    buffer.ids += [p.id for p in pending]
+
+
+def _keep(batch: Sequence[_Prepared], values: Sequence[np.ndarray], frozen: FrozenLower, buffer: _Buffer) -> None:
+    if not batch:
+        return
+    buffer.ids += [p.id for p in batch]
     for cut, value in zip(frozen.cuts, values, strict=True):
-        buffer.rows[cut.name].append(value.reshape(len(pending), -1))
-    buffer.rows[INPUT].append(np.stack([p.small.numpy().reshape(-1) for p in pending]).astype(np.float16))
-    buffer.rows[PIXELS].append(np.stack([np.frombuffer(p.pixels, np.uint8) for p in pending]).astype(np.float16))
+        buffer.rows[cut.name].append(value.reshape(len(batch), -1))
+    buffer.rows[INPUT].append(np.stack([p.small.numpy().reshape(-1) for p in batch]).astype(np.float16))
+    buffer.rows[PIXELS].append(np.stack([np.frombuffer(p.pixels, np.uint8) for p in batch]).astype(np.float16))
 
 
 def _flush(

@@ -31,6 +31,10 @@ from regraft.scores import fit_sharpness
 
 KEPT_ROWS = 2000
 """Up to this many pictures the inner products of each view (16 MB then) are kept."""
+HELD_VALUES = 16_000_000
+"""Up to this many values (64 MB) a view is held in memory while it is solved."""
+HIDDEN = 2048
+"""Units of the random hidden layer that the raw input may be seen through; twice as many for more pictures."""
 WIDEST = 5000
 """The most features a head on several cuts sees where there are too many pictures for the dual."""
 
@@ -95,8 +99,9 @@ class Bench:
     def views(self, cut: str) -> tuple[View, ...]:
         """The views that a head on this cut is tried with."""
         parts, channels = self.table.shapes[cut]
-        if cut == INPUT:
-            return (View(cut, parts, channels, True, self.grey),)
+        if cut == INPUT:  # pixels, and a hidden layer that knows nothing: depth without learning is no transfer
+            pixels = View(cut, parts, channels, True, self.grey)
+            return (pixels, replace(pixels, hidden=HIDDEN if len(self.chosen) <= KEPT_ROWS else 2 * HIDDEN))
         if parts <= 2:  # a vector, or class token and mean: each says what the other does not
             return (View(cut, parts, channels, True),)
         return (View(cut, parts, channels, False), View(cut, parts, channels, True))
@@ -142,8 +147,29 @@ def probe_several(
         if len(task.labels) <= DUAL_ROWS or whole.dim <= room:
             views[cut] = whole
     seen = tuple(replace(view, root=root) for view in views.values())
-    name = "+".join(cuts) + (" (roots)" if root else "")
-    return _trial(name, depth, task, [(seen, _path(bench, task, seen, start))])
+    return _trial(joint_name(cuts, root), depth, task, [(seen, _path(bench, task, seen, start))])
+
+
+def joint_name(cuts: Sequence[str], root: bool) -> str:
+    """What the head on several cuts is called."""
+    return "+".join(cuts) + (" (roots)" if root else "")
+
+
+def judge(
+    name: str,
+    depth: int,
+    views: tuple[View, ...],
+    strength: float,
+    sharpness: float,
+    scores: torch.Tensor,
+    task: Task,
+) -> Trial:
+    """The trial of a head with these out-of-fold scores, float32 (repeats, n, classes)."""
+    labels = torch.from_numpy(task.labels)
+    log_p = torch.log_softmax(scores * sharpness, -1)
+    losses = -log_p.gather(-1, labels.expand(len(scores), -1).unsqueeze(-1))[..., 0]
+    hits = (scores.argmax(-1) == labels).numpy()
+    return Trial(name, depth, views, strength, sharpness, hits, losses.numpy(), scores)
 
 
 def fit_head(bench: Bench, task: Task, trial: Trial) -> Head:
@@ -163,13 +189,26 @@ def _path(bench: Bench, task: Task, views: tuple[View, ...], start: int) -> Path
     if len(task.labels) <= KEPT_ROWS and dual_is_cheaper(len(task.labels), sum(view.dim for view in views), folds):
         mean = torch.stack([_products(bench, view) for view in views]).mean(0)
         return cross_validate_gram(mean, task.targets, folds, start)
+    if len(views) == 1:
+        rows = _held(bench, views[0])
+        return cross_validate(rows, standardise(rows), task.targets, folds, start)
     return cross_validate(bench.rows(views), _standard(bench, views), task.targets, folds, start)
 
 
 def _products(bench: Bench, view: View) -> torch.Tensor:
     if view not in bench.products:
-        bench.products[view] = gram(bench.rows((view,)), _standard(bench, (view,)))
+        rows = _held(bench, view)
+        bench.products[view] = gram(rows, standardise(rows))
     return bench.products[view]
+
+
+def _held(bench: Bench, view: View) -> Rows:
+    """What a head sees of one view, computed once where there is room, for it is read several times."""
+    rows = bench.rows((view,))
+    if len(bench.chosen) * view.dim > HELD_VALUES:
+        return rows
+    blocks = [np.asarray(block, dtype=np.float32) for block in rows()]
+    return lambda: iter(blocks)
 
 
 def _standard(bench: Bench, views: tuple[View, ...]) -> Standard:
@@ -185,10 +224,7 @@ def _trial(name: str, depth: int, task: Task, tried: Sequence[tuple[tuple[View, 
     best = int(errors.sum((1, 2)).argmin())
     scores = _cross_fitted([scores for _, _, scores in settings], errors, torch.from_numpy(task.folds))
     sharpness = fit_sharpness(scores.flatten(0, 1), labels.repeat(len(scores)))
-    log_p = torch.log_softmax(scores * sharpness, -1)
-    losses = -log_p.gather(-1, labels.expand(len(scores), -1).unsqueeze(-1))[..., 0]
-    hits = (scores.argmax(-1) == labels).numpy()
-    return Trial(name, depth, settings[best][0], settings[best][1], sharpness, hits, losses.numpy(), scores)
+    return judge(name, depth, settings[best][0], settings[best][1], sharpness, scores, task)
 
 
 def _cross_fitted(scores: list[torch.Tensor], errors: torch.Tensor, folds: torch.Tensor) -> torch.Tensor:

@@ -71,6 +71,7 @@ class Curve:
             "score": self.choice.score.score,
             "interval": [self.choice.score.low, self.choice.score.high],
             "gain": asdict(self.choice.gain),
+            "log_loss_gain": asdict(self.choice.sharper),
             "forward_passes": self.table.forward_passes,
             "seconds": self.seconds,
         }

@@ -137,12 +137,12 @@ def _walk(solve: Callable[[float], torch.Tensor], targets: torch.Tensor, start: 
             losses[i] = float((scores[STRENGTHS[i]] - targets).square().sum())
         return losses[i]
 
-    at = start
-    while True:
-        best = min((at, at - 1, at + 1), key=loss)
-        if best == at:
-            return Path(scores)
-        at = best
+    at, step = start, 1
+    if loss(at + step) >= loss(at):
+        step = -1
+    while loss(at + step) < loss(at):
+        at += step
+    return Path(scores)
 
 
 def _dual(products: torch.Tensor, targets: torch.Tensor, folds: torch.Tensor) -> Callable[[float], torch.Tensor]:
@@ -156,8 +156,8 @@ def _dual(products: torch.Tensor, targets: torch.Tensor, folds: torch.Tensor) ->
         out = torch.empty(len(folds), *targets.shape)
         for r, repeat in enumerate(members):
             for fold in repeat:
-                block = inverse[fold[:, None], fold]
-                out[r, fold] = targets[fold] - torch.linalg.solve(block, weighted[fold])
+                factor = torch.linalg.cholesky(inverse[fold[:, None], fold])
+                out[r, fold] = targets[fold] - torch.cholesky_solve(weighted[fold], factor)
         return out
 
     return solve

@@ -13,6 +13,7 @@ import torch
 DRAWS = 1000
 SEED = 20061
 DRAWN_AT_ONCE = 1_000_000
+HALVINGS = 14
 
 
 @dataclass(frozen=True)
@@ -72,14 +73,16 @@ def paired_difference(ours: np.ndarray, theirs: np.ndarray, groups: np.ndarray) 
 def fit_sharpness(scores: torch.Tensor, labels: torch.Tensor) -> float:
     """The factor that scores (n, classes) are multiplied by before softmax: the inverse of the temperature.
 
-    Least log-loss on a logarithmic ladder from 0.1 to 100, then twice refined (temperature scaling, Guo et al. 2017).
+    Where the slope of the log-loss, which is convex in it, changes sign between 0.1 and 100, found by halving on a
+    logarithmic scale (temperature scaling, Guo et al. 2017).
     """
-    ladder = np.geomspace(0.1, 100, 31)
-    for _ in range(3):
-        losses = [log_loss(scores * float(s), labels) for s in ladder]
-        i = int(np.argmin(losses))
-        ladder = np.geomspace(ladder[max(0, i - 1)], ladder[min(len(ladder) - 1, i + 1)], 9)
-    return float(ladder[len(ladder) // 2])
+    own = scores.gather(1, labels.unsqueeze(1))[:, 0].double().mean()
+    low, high = np.log(0.1), np.log(100)
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        slope = (torch.softmax(scores * float(np.exp(middle)), 1) * scores).sum(1).double().mean() - own
+        low, high = (low, middle) if slope > 0 else (middle, high)
+    return float(np.float32(np.exp((low + high) / 2)))
 
 
 def log_loss(logits: torch.Tensor, labels: torch.Tensor) -> float:
