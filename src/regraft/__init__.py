@@ -18,9 +18,11 @@ if TYPE_CHECKING:
     from regraft.errors import RegraftError
     from regraft.params import freeze, parameter_groups
     from regraft.recipe import Curve, Run, curve, evaluate, fit
+    from regraft.restore import Coverage, restore
 
 _HOME = {
     "Backbone": "backbone",
+    "Coverage": "restore",
     "Curve": "recipe",
     "Dataset": "data",
     "Prediction": "artifact",
@@ -36,10 +38,12 @@ _HOME = {
     "load_data": "data",
     "load_model": "artifact",
     "parameter_groups": "params",
+    "restore": "restore",
 }
 
 __all__ = [
     "Backbone",
+    "Coverage",
     "Curve",
     "Dataset",
     "Prediction",
@@ -56,6 +60,7 @@ __all__ = [
     "load_data",
     "load_model",
     "parameter_groups",
+    "restore",
 ]
 
 

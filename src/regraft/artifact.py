@@ -27,7 +27,8 @@ from torch import nn
 
 from regraft.__version__ import __version__
 from regraft.ahead import in_order
-from regraft.backbone import Backbone, Source, load_backbone, rebuild
+from regraft.architecture import is_user_function
+from regraft.backbone import CUSTOM, Backbone, Source, load_backbone, rebuild
 from regraft.cut import lower_at
 from regraft.data import Example, Raw, open_picture, pixel_digest, read
 from regraft.errors import ArtifactError, PictureError
@@ -35,6 +36,7 @@ from regraft.files import digest_json, write_atomic
 from regraft.frozen import FrozenLower, freeze_lower, run_frozen
 from regraft.heads import INPUT, Head, View
 from regraft.numerics import Numerics, pick_numerics
+from regraft.operations import operations_from_json
 from regraft.preprocess import PreprocessSpec, fit_to_size, input_spec, spec_from_json
 
 FORMAT = 1
@@ -171,7 +173,8 @@ def save_model(model: TransferModel, backbone: Backbone, folder: Path, facts: di
     """
     tensors = {"head.weight": model.head.weight, "head.bias": model.head.bias}
     if model.frozen is not None:
-        lower = lower_at(backbone.trace, list(model.head.cuts))
+        # A network that is described beside its weights is built from them alone, so they are kept whole.
+        lower = backbone.module if backbone.operations else lower_at(backbone.trace, list(model.head.cuts))
         tensors |= {f"lower.{name}": tensor for name, tensor in lower.state_dict().items()}
     data = safetensors.torch.save({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()})
     (folder / MANIFEST_FILE).unlink(missing_ok=True)
@@ -184,6 +187,7 @@ def save_model(model: TransferModel, backbone: Backbone, folder: Path, facts: di
         "head": {"cuts": list(model.head.cuts), "views": [view.to_json() for view in model.head.views]},
         "preprocess": model.preprocess.to_json(),
         "backbone": model.source.to_json() if model.source else None,
+        "operations": backbone.operations.to_json() if model.source and backbone.operations else None,
         "licence": model.source.licence if model.source else None,
         "numerics": model.numerics.to_json(),
         "facts": facts,
@@ -213,10 +217,16 @@ def load_model(
         if manifest["backbone"] is None:
             return TransferModel(head, labels, None, None, spec, numerics)
         source = Source(**manifest["backbone"])
+        told = manifest.get("operations")
+        operations = operations_from_json(told) if told else None
     except (KeyError, TypeError, safetensors.SafetensorError) as e:
         raise ArtifactError(f"{place / MANIFEST_FILE} must describe a regraft model of format {FORMAT}: {e!r}.") from e
-    network = _rebuilt(source, spec, backbone)
-    _load_lower(network, head, tensors, place)
+    tensors = {name.removeprefix("lower."): tensor for name, tensor in tensors.items()}
+    if operations:
+        network = rebuild(source, spec, operations, tensors)
+    else:
+        network = _rebuilt(source, spec, backbone)
+        _load_lower(network, head, tensors, place)
     frozen = freeze_lower(network.trace, head.cuts, spec, numerics)
     return TransferModel(head, labels, frozen, source, spec, numerics)
 
@@ -264,7 +274,7 @@ def _read_weights(folder: Path, stated: dict[str, Any]) -> bytes:
 
 
 def _rebuilt(source: Source, spec: PreprocessSpec, module: nn.Module | None) -> Backbone:
-    if source.architecture == "custom" and module is not None:
+    if module is not None and (source.architecture == CUSTOM or is_user_function(source.architecture)):
         return load_backbone(module, example=torch.zeros(2, spec.channels, *spec.size), preprocess=spec)
     return rebuild(source, spec)
 
@@ -273,7 +283,7 @@ def _load_lower(backbone: Backbone, head: Head, tensors: dict[str, torch.Tensor]
     """Fill the layers below the deepest cut; every tensor there must be in the file, and no other."""
     lower = lower_at(backbone.trace, list(head.cuts))
     ours = {name: tuple(tensor.shape) for name, tensor in lower.state_dict().items()}
-    theirs = {name.removeprefix("lower."): tuple(tensor.shape) for name, tensor in tensors.items()}
+    theirs = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     differing = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
     if differing:
         listed = ", ".join(f"{n} {theirs.get(n, 'absent')} instead of {ours.get(n, 'absent')}" for n in differing[:3])
@@ -281,7 +291,7 @@ def _load_lower(backbone: Backbone, head: Head, tensors: dict[str, torch.Tensor]
             f"{place / WEIGHTS_FILE} must hold the layers of {backbone.source.architecture} up to {head.cuts[-1]}; "
             f"{len(differing)} tensors differ ({listed}): give the network that it was fitted on."
         )
-    lower.load_state_dict({name.removeprefix("lower."): tensor for name, tensor in tensors.items()})
+    lower.load_state_dict(tensors)
 
 
 def _batched(model: TransferModel, prepared: Iterable[_Prepared | PictureError]) -> Iterator[Answer | PictureError]:

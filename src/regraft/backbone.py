@@ -3,28 +3,47 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, TypedDict
 
 import torch
 from torch import nn
 
-from regraft.cut import split
-from regraft.errors import BackboneError
+from regraft.architecture import architecture, is_user_function, stated_or_plain, with_pictures
+from regraft.cut import lower_at, split
+from regraft.described import as_operations
+from regraft.errors import BackboneError, ReaderError
 from regraft.files import digest
 from regraft.graph import Cut, Trace, trace
-from regraft.networks import timm_networks
 from regraft.networks.embedded import EMBEDDED
+from regraft.operations import Operations, build
 from regraft.preprocess import PreprocessSpec, plain_spec
+from regraft.readers import Checkpoint, Layout, is_file_spec, read_checkpoint
+from regraft.restore import Coverage, restore
 
 SCRATCH = "scratch"
+CUSTOM = "custom"
+DESCRIBED = "operations"
+
+
+class WeightOptions(TypedDict, total=False):
+    """How a file of weights becomes a backbone: the keyword arguments of `load_backbone` that say it."""
+
+    arch: str | None
+    match: str | None
+    rename: Mapping[str, str] | None
+    layout: Layout | None
+    adapt: bool
+    min_coverage: float
 
 
 @dataclass(frozen=True)
 class Source:
     """Where a backbone came from.
 
-    spec: what was asked for; architecture: a timm name, or `custom` for a module given in Python.
+    spec: what was asked for; architecture: a name that `architecture` knows, `operations` for a network that a file
+        describes, or `custom` for a module given in Python.
     weights: digest of every tensor and of the graph; pretrained: False for random weights.
     """
 
@@ -44,22 +63,30 @@ class Backbone:
     """A network in evaluation mode with the places where it can be cut.
 
     module: regraft's own copy; trace: its graph and cuts; preprocess: how pictures become its input.
+    operations: the network as a file describes it; coverage: what was loaded from a file of weights, where one was.
     """
 
     module: nn.Module
     trace: Trace
     preprocess: PreprocessSpec
     source: Source
-
-    @property
-    def cuts(self) -> tuple[Cut, ...]:
-        """All cuts in order of depth."""
-        return self.trace.cuts
+    operations: Operations | None = field(default=None, repr=False)
+    coverage: Coverage | None = field(default=None, repr=False)
+    cuts: tuple[Cut, ...] = ()
+    """All cuts in order of depth, none above a layer that was not loaded."""
 
     @property
     def shown(self) -> tuple[Cut, ...]:
         """The 10-25 cuts that a curve is drawn over."""
-        return tuple(cut for cut in self.trace.cuts if cut.shown)
+        return tuple(cut for cut in self.cuts if cut.shown)
+
+    @property
+    def ends(self) -> str | None:
+        """Why there are no cuts further up, where weights are missing there."""
+        if not self.coverage or len(self.cuts) == len(self.trace.cuts):
+            return None
+        fresh = next(name for name in self.module.state_dict() if name in self.coverage.fresh)
+        return f"the curve ends at {self.cuts[-1].name}: above it {fresh} was not loaded"
 
 
 def load_backbone(
@@ -68,27 +95,45 @@ def load_backbone(
     example: torch.Tensor | None = None,
     preprocess: PreprocessSpec | None = None,
     seed: int = 0,
+    arch: str | None = None,
+    match: str | None = None,
+    rename: Mapping[str, str] | None = None,
+    layout: Layout | None = None,
+    adapt: bool = False,
+    min_coverage: float = 1.0,
 ) -> Backbone:
     """The backbone that `spec` names, with its weights and the preprocessing it was trained with.
 
     spec: `default` (EfficientNet-Lite0, ImageNet, no download), `scratch` (the same network with random weights drawn
-        from `seed`), a timm name (`resnet50.a1_in1k`), or any `nn.Module` together with `example`, a batch of the
-        input it takes, (n, channels, height, width). The module is copied: the caller's stays as it is.
-    preprocess: instead of what the network states; modules that state nothing get their input stretched to the
-        example's size with values in [0, 1].
+        from `seed`), a timm name (`resnet50.a1_in1k`), `torchvision/NAME`, `hf/ORG/NAME`, a file of any framework (see
+        `read_checkpoint`), or any `nn.Module` together with `example`, a batch of the input it takes, (n, channels,
+        height, width). The module is copied: the caller's stays as it is.
+    preprocess: instead of what the network states; networks that state nothing get their input stretched to their
+        size with values in [0, 1].
+    arch: the network that a file of weights belongs to: a name as above or `package.module:function`.
+    match, rename, layout, adapt, min_coverage: as in `restore`.
 
-    Raises BackboneError when there is no such network or no weights, TraceError when it cannot be followed.
+    Raises BackboneError when there is no such network or no weights, ReaderError for a file that does not fit,
+    TraceError when the network cannot be followed.
     """
     if isinstance(spec, Backbone):
         return spec
     if isinstance(spec, nn.Module):
         return _from_module(spec, example, preprocess)
+    if spec not in ("default", SCRATCH) and (arch or is_file_spec(spec)):
+        options = {"match": match, "rename": rename, "layout": layout, "adapt": adapt, "min_coverage": min_coverage}
+        return _from_file(spec, arch, preprocess, seed, options)
+    if arch or match or rename or layout or adapt:
+        raise BackboneError(f"Only a file of weights takes --arch, --match, --rename, --layout; {spec!r} is a name.")
+    if is_user_function(spec):
+        raise BackboneError(f"A function of yours makes a network without weights; give a file, and --arch {spec}.")
     name = EMBEDDED if spec in ("default", SCRATCH) else spec
     pretrained = spec != SCRATCH
-    module = timm_networks.create(name, pretrained=pretrained, seed=seed)
-    stated = preprocess or timm_networks.preprocess_of(module)
-    licence = timm_networks.licence_of(module, name) if pretrained else None
-    return _assemble(module, _blank(stated), stated, Source(spec, name, "", pretrained, licence))
+    made = architecture(name, pretrained=pretrained, seed=seed)
+    stated = preprocess or made.preprocess
+    if stated is None:
+        raise BackboneError(f"A network by name must state its preprocessing; {name} does not: give preprocess=.")
+    return _assemble(made.module, _blank(stated), stated, Source(spec, name, "", pretrained, made.licence))
 
 
 def cut_at(backbone: Backbone, name: str) -> tuple[nn.Module, nn.Module]:
@@ -102,17 +147,31 @@ def cut_at(backbone: Backbone, name: str) -> tuple[nn.Module, nn.Module]:
     return split(backbone.trace, name)
 
 
-def rebuild(source: Source, preprocess: PreprocessSpec) -> Backbone:
+def rebuild(
+    source: Source,
+    preprocess: PreprocessSpec,
+    operations: Operations | None = None,
+    tensors: Mapping[str, torch.Tensor] | None = None,
+) -> Backbone:
     """The network of a saved model with random weights, for its own to be loaded into.
 
+    operations, tensors: of a network that the model describes itself, which then holds all its weights.
     Raises BackboneError for a module that was given in Python: only its owner can build it again.
     """
-    if source.architecture == "custom":
+    if source.architecture == CUSTOM:
         raise BackboneError(
             "This model was fitted on a module given in Python: load it with regraft.load_model(path, backbone=module)."
         )
-    module = timm_networks.create(source.architecture, pretrained=False)
-    return _assemble(module, _blank(preprocess), preprocess, source)
+    if operations:
+        module: nn.Module = build(operations, tensors)
+    elif is_user_function(source.architecture):
+        raise BackboneError(
+            f"This model was fitted on {source.architecture}, which a saved model may not start by itself: give "
+            f"--arch {source.architecture}."
+        )
+    else:
+        module = architecture(source.architecture, pretrained=False).module
+    return _assemble(module, _blank(preprocess), preprocess, source, operations)
 
 
 def weights_digest(module: nn.Module, code: str) -> str:
@@ -146,13 +205,84 @@ def _from_module(module: nn.Module, example: torch.Tensor | None, preprocess: Pr
     _, channels, height, width = example.shape
     copied = copy.deepcopy(module).eval()
     spec = preprocess or plain_spec(height, width, channels)
-    return _assemble(copied, example.detach().clone(), spec, Source("module", "custom", "", True, None))
+    return _assemble(copied, example.detach().clone(), spec, Source("module", CUSTOM, "", True, None))
 
 
-def _assemble(module: nn.Module, example: torch.Tensor, preprocess: PreprocessSpec, source: Source) -> Backbone:
+def _from_file(
+    spec: str, arch: str | None, preprocess: PreprocessSpec | None, seed: int, options: Mapping[str, Any]
+) -> Backbone:
+    checkpoint = read_checkpoint(spec)
+    if arch:
+        return _from_weights(spec, checkpoint, arch, preprocess, seed, options)
+    if checkpoint.operations is None:
+        raise ReaderError(
+            f"{spec} holds weights only ({checkpoint.format}, {len(checkpoint.tensors)} tensors): name their network "
+            "with --arch, a timm name, torchvision/NAME or package.module:function."
+        )
+    if options["match"] or options["rename"] or options["layout"]:
+        raise ReaderError(f"{spec} brings its own network: --match, --rename and --layout need --arch.")
+    network = build(checkpoint.operations, checkpoint.tensors)
+    known = checkpoint.input_shape if checkpoint.input_shape and None not in checkpoint.input_shape else None
+    module, shape = with_pictures(network, known)
+    final = stated_or_plain(preprocess, shape)
+    operations = checkpoint.operations if module is network else None
+    return _assemble(module, _blank(final), final, Source(spec, DESCRIBED, "", True, None), operations)
+
+
+def _from_weights(
+    spec: str,
+    checkpoint: Checkpoint,
+    arch: str,
+    preprocess: PreprocessSpec | None,
+    seed: int,
+    options: Mapping[str, Any],
+) -> Backbone:
+    made = architecture(arch, pretrained=False, seed=seed)
+    coverage = restore(made.module, checkpoint, **options)
+    stated = preprocess or made.preprocess
+    module, shape = with_pictures(made.module, (stated.channels, *stated.size) if stated else None)
+    if module is not made.module:
+        coverage = replace(
+            coverage, rows=tuple(replace(r, parameter=r.parameter and f"network.{r.parameter}") for r in coverage.rows)
+        )
+    final = stated_or_plain(stated, shape)
+    said = as_operations(trace(module, _blank(final)), _blank(final)) if is_user_function(arch) else None
+    operations = said.operations if said else None
+    source = Source(spec, arch, "", True, None)
+    return _assemble(said or module, _blank(final), final, source, operations, coverage=coverage)
+
+
+def _assemble(
+    module: nn.Module,
+    example: torch.Tensor,
+    preprocess: PreprocessSpec,
+    source: Source,
+    operations: Operations | None = None,
+    *,
+    coverage: Coverage | None = None,
+) -> Backbone:
     traced = trace(module, example)
     weights = weights_digest(module, f"{traced.graph.python_code('self').src}\n{module}")
-    return Backbone(module, traced, preprocess, replace(source, weights=source.weights or weights))
+    cuts = _reusable(traced, coverage.fresh) if coverage else traced.cuts
+    named = replace(source, weights=source.weights or weights)
+    return Backbone(module, traced, preprocess, named, operations, coverage, cuts)
+
+
+def _reusable(traced: Trace, fresh: frozenset[str]) -> tuple[Cut, ...]:
+    """The cuts below which everything was loaded. Raises ReaderError where there is none."""
+    below = 0
+    while below < len(traced.cuts):
+        lower = lower_at(traced, [traced.cuts[below].name])
+        if not fresh.isdisjoint(lower.state_dict()):
+            break
+        below += 1
+    used = [cut for cut in traced.cuts[:below] if len(lower_at(traced, [cut.name]).state_dict())]
+    if not used:
+        first = next(name for name in traced.module.state_dict() if name in fresh)
+        raise ReaderError(
+            f"The layers next to the input must be loaded, for others stand on them; {first} was not: widen --match."
+        )
+    return traced.cuts[:below]
 
 
 def _blank(spec: PreprocessSpec) -> torch.Tensor:

@@ -14,12 +14,20 @@ from regraft.terminal import guarded, lines_of_stdin, print_json, progress, to_s
 
 SPEC_HELP = (
     "default (EfficientNet-Lite0, ImageNet, no download), scratch (the same network with random weights, frozen), "
-    "or a timm name such as resnet50.a1_in1k."
+    "a timm name such as resnet50.a1_in1k, torchvision/NAME, hf/ORG/NAME, or a file: .pt .pth .pt2 .safetensors .keras "
+    ".h5 .onnx .pb .npz .npy .msgpack, a TensorFlow checkpoint prefix, a SavedModel or Hugging Face folder."
 )
 GROUP_HELP = (
     "Regular expression; pictures with the same first bracket, searched in the path inside the class folder, "
     "are never parted."
 )
+ARCH_HELP = (
+    "The network that a file of weights belongs to: a timm name, torchvision/NAME, or package.module:function of yours."
+)
+MATCH_HELP = "Take only the parameters whose names in the new network match, whole path parts from the start."
+RENAME_HELP = "A name part of the file and what it is called in the network; may be repeated."
+LAYOUT_HELP = "How the file lays out kernels, instead of what its format says."
+COVERAGE_HELP = "Least share of the parameters wanted that must be loaded."
 ON_BAD_HELP = "What unreadable pictures mean: exit code 1 after all others are done, or nothing but a line each."
 DEVICES = click.Choice(["auto", "cpu", "cuda"])
 LISTED = 20
@@ -72,6 +80,28 @@ def _learning(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
+def _weights(command: Callable[..., None]) -> Callable[..., None]:
+    """The options that say how a file of weights fills a network."""
+    for option in (
+        click.option("--min-coverage", type=click.FloatRange(0, 1), default=1.0, help=COVERAGE_HELP),
+        click.option("--adapt", is_flag=True, help="Fit the first kernel and position embeddings to another input."),
+        click.option("--layout", type=click.Choice(["torch", "keras", "theano", "flax"]), help=LAYOUT_HELP),
+        click.option("--rename", metavar="OLD=NEW", multiple=True, callback=_pairs, help=RENAME_HELP),
+        click.option("--match", metavar="REGEX", help=MATCH_HELP),
+        click.option("--arch", metavar="NAME", help=ARCH_HELP),
+    ):
+        command = option(command)
+    return command
+
+
+def _pairs(context: click.Context, parameter: click.Parameter, value: tuple[str, ...]) -> dict[str, str]:
+    pairs = [tuple(one.partition("=")) for one in value]
+    for one, (old, equals, new) in zip(value, pairs, strict=True):
+        if not old or not equals or not new:
+            raise click.BadParameter(f"{one!r} is not of the form OLD=NEW")
+    return {old: new for old, _, new in pairs}
+
+
 def _on_bad(command: Callable[..., None]) -> Callable[..., None]:
     choices = click.Choice(["fail", "skip"])
     return click.option("--on-bad", type=choices, default="fail", show_default=True, help=ON_BAD_HELP)(command)
@@ -82,6 +112,7 @@ def _on_bad(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Directory of the run.")
 @click.option("--backbone", default="default", show_default=True, metavar="SPEC", help=SPEC_HELP)
 @click.option("--test", metavar="DATA", help="Pictures that only the finished model sees.")
+@_weights
 @_learning
 @_shared(CONTINUES)
 def fit(data: str, out: Path, verbose: bool, as_json: bool, **options: Any) -> None:
@@ -119,6 +150,7 @@ def fit(data: str, out: Path, verbose: bool, as_json: bool, **options: Any) -> N
 @main.command()
 @click.argument("data")
 @click.option("--backbone", "backbones", default=["default"], multiple=True, metavar="SPEC", help=SPEC_HELP)
+@_weights
 @_learning
 @_shared(CONTINUES)
 def curve(
@@ -239,8 +271,9 @@ def evaluate(run: Path, data: str, group: str | None, device: str, on_bad: str, 
 @main.command()
 @click.argument("spec", default="default")
 @click.option("--all", "everything", is_flag=True, help="List every cut, not only those shown on a curve.")
+@_weights
 @_shared(UNCHANGED)
-def inspect(spec: str, everything: bool, as_json: bool) -> None:
+def inspect(spec: str, everything: bool, as_json: bool, **weights: Any) -> None:
     """Show a network: parameters, preprocessing, the cuts.
 
     SPEC is as for fit --backbone.
@@ -248,11 +281,12 @@ def inspect(spec: str, everything: bool, as_json: bool) -> None:
     \b
     Example:
       regraft inspect resnet50.a1_in1k --all
+      regraft inspect weights.npz --arch resnet18 --layout theano
     """
     from regraft.backbone import load_backbone
     from regraft.inspect import describe
 
-    document = describe(load_backbone(spec))
+    document = describe(load_backbone(spec, **weights))
     if as_json:
         print_json(document)
         return
@@ -402,6 +436,8 @@ def _print_curve(document: dict[str, Any]) -> None:
     for point in document["several"]:
         mark = " <" if point["name"] == document["recommended"] else ""
         click.echo(f"    {point['name']}  {point['score']:.3f}  {point['low']:.3f}-{point['high']:.3f}{mark}")
+    if document["ends"]:
+        click.echo(document["ends"])
     click.echo(f"reuse up to {document['recommended']}: {document['reason']}")
     low, high = document["interval"]
     click.echo(f"expected accuracy on new pictures: {document['score']:.3f} (95 % interval {low:.3f} to {high:.3f})")

@@ -33,6 +33,10 @@ class BackboneError(RegraftError):
     """A network or its weights cannot be had or cannot be used."""
 
 
+class ReaderError(BackboneError):
+    """A file of weights is not what it must be, or holds nothing of what was asked for."""
+
+
 class TraceError(RegraftError):
     """A network cannot be followed from its input to its output."""
 

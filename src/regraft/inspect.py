@@ -30,5 +30,7 @@ def describe(backbone: Backbone) -> dict[str, Any]:
         "trainable": trainable,
         "frozen": parameters - trainable,
         "preprocess": backbone.preprocess.to_json(),
+        "restored": backbone.coverage and backbone.coverage.to_json(),
+        "ends": backbone.ends,
         "cuts": cuts,
     }

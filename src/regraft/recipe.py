@@ -8,15 +8,16 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import torch
 from torch import nn
 
 from regraft.__version__ import __version__
+from regraft.architecture import is_user_function
 from regraft.artifact import TransferModel, assemble, load_model, save_model
-from regraft.backbone import Backbone, load_backbone
+from regraft.backbone import CUSTOM, Backbone, WeightOptions, load_backbone
 from regraft.data import Dataset, LeftOut, identity, load_data, printable, read, subset
 from regraft.errors import DataError, RegraftError, RunError
 from regraft.features import FeatureTable, extract
@@ -74,6 +75,8 @@ class Curve:
             "log_loss_gain": asdict(self.choice.sharper),
             "forward_passes": self.table.forward_passes,
             "seconds": self.seconds,
+            "restored": self.backbone.coverage and self.backbone.coverage.to_json(),
+            "ends": self.backbone.ends,
         }
 
 
@@ -102,17 +105,18 @@ def curve(
     allow_empty_class: bool = False,
     store: FeatureStore | None = None,
     say: Say = silent,
+    **weights: Unpack[WeightOptions],
 ) -> Curve:
     """How many layers of a backbone to reuse: cross-validated probes on every shown cut and on the raw input.
 
-    data: see `load_data`; its test split is not touched. group: see `load_data`.
+    data: see `load_data`; its test split is not touched. group: see `load_data`. weights: see `load_backbone`.
     Raises RegraftError subclasses as `load_data`, `load_backbone` and `extract` do; with `strict`, DataError for any
     picture that would be left out.
     """
     started = time.perf_counter()
     dataset = load_data(data, group=group, allow_empty_class=allow_empty_class)
     say("loading the backbone", 0, 1)
-    network = load_backbone(backbone, example=example, seed=seed)
+    network = load_backbone(backbone, example=example, seed=seed, **weights)
     numerics, measured = faithful_numerics(network, device)
     seconds = {"prepare": time.perf_counter() - started}
     place = store or open_store()
@@ -133,9 +137,11 @@ def fit(
     allow_empty_class: bool = False,
     store: FeatureStore | None = None,
     say: Say = silent,
+    **weights: Unpack[WeightOptions],
 ) -> Run:
     """The whole job: curve, choice, final head, saved model, its evaluation, report; all in the directory `out`.
 
+    weights: see `load_backbone`.
     test: pictures that only the finished model sees, instead of the data's own test split. A finished run is returned
     as it is, with 0 `forward_passes`; an interrupted one goes on. RunError if `out` holds a run with other options or
     other data.
@@ -153,6 +159,7 @@ def fit(
         "seed": seed,
         "strict": strict,
         "allow_empty_class": allow_empty_class,
+        **{name: value for name, value in weights.items() if value not in (None, {}, False, 1.0)},
     }
     record = _resume(folder, options, dataset, tested)
     if record is not None:
@@ -162,7 +169,7 @@ def fit(
     write_record(folder, {"status": "running", "options": options})
 
     say("loading the backbone", 0, 1)
-    network = load_backbone(backbone, example=example, seed=seed)
+    network = load_backbone(backbone, example=example, seed=seed, **weights)
     numerics, measured = faithful_numerics(network, device)
     seconds = {"prepare": time.perf_counter() - started}
     place = store or open_store()
@@ -314,7 +321,8 @@ def _place(dataset: Dataset) -> str:
 def _given(backbone: str | nn.Module | Backbone) -> nn.Module | None:
     """The module that a saved model needs to be loaded: one that was given in Python, which nobody else can build."""
     if isinstance(backbone, Backbone):
-        return backbone.module if backbone.source.architecture == "custom" else None
+        own = backbone.source.architecture == CUSTOM or is_user_function(backbone.source.architecture)
+        return backbone.module if own and not backbone.operations else None
     return backbone if isinstance(backbone, nn.Module) else None
 
 

@@ -87,7 +87,8 @@ def render(record: Mapping[str, Any], pixels: Pixels) -> str:
 
 def network_name(backbone: Mapping[str, Any]) -> str:
     """What to call the backbone in a sentence."""
-    name = "your own network" if backbone["architecture"] == "custom" else str(backbone["architecture"])
+    named = {"custom": "your own network", "operations": backbone["spec"]}
+    name = str(named.get(backbone["architecture"], backbone["architecture"]))
     return name if backbone["pretrained"] else f"{name} with random weights"
 
 

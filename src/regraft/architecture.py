@@ -1,0 +1,122 @@
+"""Networks by name: what a name stands for, with its own preprocessing where the name's library states one.
+
+    resnet50.a1_in1k        timm
+    torchvision/resnet50    torchvision
+    hf/ORG/NAME             transformers, also the path of a local folder of that layout
+    package.module:name     a function or class of the user that takes nothing and gives a module
+
+Knows which library a name belongs to, nothing of weights in files. Not covered: user functions with arguments.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from regraft.errors import BackboneError
+from regraft.preprocess import PreprocessSpec, plain_spec
+
+SIZES = (224, 28, 32, 64, 96, 128, 48, 40, 56, 72, 80, 100, 112, 150, 160, 192, 196, 200, 240, 256, 288, 299, 384, 512)
+"""Heights and widths that a network of unknown input is tried with."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A module in evaluation mode, how pictures become its input (None: not stated), and the licence of its weights."""
+
+    name: str
+    module: nn.Module
+    preprocess: PreprocessSpec | None
+    licence: str | None = None
+
+
+def architecture(name: str, *, pretrained: bool, seed: int = 0) -> Architecture:
+    """The network called `name`, with the weights of its library or seeded random ones.
+
+    Raises BackboneError where there is no such network or its weights cannot be had.
+    """
+    if is_user_function(name):
+        return Architecture(name, _called(name, seed), None)
+    package, own = "timm_networks", name
+    if name.startswith("torchvision/"):
+        package, own = "torchvision_networks", name.removeprefix("torchvision/")
+    elif name.startswith("hf/") or (Path(name) / "config.json").exists():
+        package, own = "huggingface", name.removeprefix("hf/")
+    library = importlib.import_module(f"regraft.networks.{package}")
+    module = library.create(own, pretrained=pretrained, seed=seed)
+    licence = library.licence_of(module, own) if pretrained else None
+    return Architecture(name, module, library.preprocess_of(module), licence)
+
+
+def is_user_function(name: str) -> bool:
+    """Whether the name is of the form package.module:function."""
+    package, colon, function = name.partition(":")
+    return bool(colon) and function.isidentifier() and all(part.isidentifier() for part in package.split("."))
+
+
+def with_pictures(module: nn.Module, shape: tuple[int, ...] | None = None) -> tuple[nn.Module, tuple[int, int, int]]:
+    """A module that takes pictures, and their (channels, height, width): the given shape, else the first that works.
+
+    A network that begins with a dense layer gets its pictures flattened (its layers then lie under `network`).
+    Raises BackboneError where no usual shape works.
+    """
+    first = next((m for m in module.modules() if isinstance(m, nn.Conv2d | nn.Linear)), None)
+    candidates = [shape] if shape else _shapes(first)
+    flat = nn.Sequential()
+    flat.add_module("flatten", nn.Flatten())
+    flat.add_module("network", module)
+    reason = "it has no convolution or dense layer"
+    for channels, height, width in candidates:
+        for taken in (module, flat) if isinstance(first, nn.Linear) else (module,):
+            try:
+                with torch.no_grad():
+                    taken(torch.zeros(2, channels, height, width))
+            except Exception as e:  # whatever a network raises for pictures it cannot take
+                reason = f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"
+            else:
+                return taken.eval(), (channels, height, width)
+    raise BackboneError(
+        f"A network must take pictures of a usual size; none of {len(candidates)} sizes works ({reason}): in Python, "
+        "give the module with example=."
+    )
+
+
+def stated_or_plain(stated: PreprocessSpec | None, shape: tuple[int, int, int]) -> PreprocessSpec:
+    """The preprocessing that is stated, else pictures stretched to the shape with values in [0, 1]."""
+    channels, height, width = shape
+    return stated or plain_spec(height, width, channels)
+
+
+def _shapes(first: nn.Module | None) -> list[tuple[int, int, int]]:
+    if isinstance(first, nn.Linear):
+        squares = [(c, math.isqrt(first.in_features // c)) for c in (1, 3)]
+        return [(c, side, side) for c, side in squares if c * side * side == first.in_features]
+    if isinstance(first, nn.Conv2d) and first.in_channels in (1, 3):
+        return [(first.in_channels, size, size) for size in SIZES]
+    return []
+
+
+def _called(name: str, seed: int) -> nn.Module:
+    package, _, function = name.partition(":")
+    if os.getcwd() not in sys.path:  # as `python -m` has it; a console script has not
+        sys.path.insert(0, os.getcwd())
+    try:
+        made = getattr(importlib.import_module(package), function)
+    except (ImportError, AttributeError) as e:
+        raise BackboneError(
+            f"An architecture of the form package.module:function must be importable; {name!r} is not ({e}): start "
+            "where its package lies, or install it."
+        ) from e
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        module = made()
+    if not isinstance(module, nn.Module):
+        raise BackboneError(f"The function {name} must give a torch module; it gives a {type(module).__name__}.")
+    return module.eval()

@@ -1,0 +1,91 @@
+"""Pretrained networks and weights of every framework: a path becomes a `Checkpoint`.
+
+    checkpoint              what a file holds
+    torch_file              PyTorch state dicts
+    safetensors_file        safetensors
+    exported_program        torch.export
+    keras_file              Keras 2 and 3: whole models, weights
+    tensorflow_checkpoint   TensorFlow 1 and 2
+    tensorflow_graph        SavedModel, frozen graph
+    onnx_file               ONNX
+    arrays                  .npz and .npy
+    flax_file               Flax
+
+No reader runs anything that a file brings along, and none believes a header further than the file is long.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+
+from regraft.errors import ReaderError
+from regraft.readers.checkpoint import Checkpoint, Layout
+
+__all__ = ["Checkpoint", "Layout", "is_file_spec", "read_checkpoint"]
+
+READERS = {
+    ".pt": ("torch_file", "read_torch"),
+    ".pth": ("torch_file", "read_torch"),
+    ".bin": ("torch_file", "read_torch"),
+    ".ckpt": ("torch_file", "read_torch"),
+    ".pt2": ("exported_program", "read_exported_program"),
+    ".safetensors": ("safetensors_file", "read_safetensors"),
+    ".json": ("safetensors_file", "read_safetensors"),
+    ".keras": ("keras_file", "read_keras"),
+    ".h5": ("keras_file", "read_keras"),
+    ".hdf5": ("keras_file", "read_keras"),
+    ".onnx": ("onnx_file", "read_onnx"),
+    ".pb": ("tensorflow_graph", "read_tensorflow_graph"),
+    ".npz": ("arrays", "read_arrays"),
+    ".npy": ("arrays", "read_arrays"),
+    ".msgpack": ("flax_file", "read_flax"),
+}
+"""Module and function by the ending of the file."""
+
+
+def is_file_spec(spec: str) -> bool:
+    """Whether this names something on the disk: a path that exists, or the prefix of a TensorFlow checkpoint."""
+    path = Path(spec)
+    return path.exists() or _is_prefix(path) or path.suffix.lower() in READERS
+
+
+def read_checkpoint(path: str | Path) -> Checkpoint:
+    """What the file, folder or TensorFlow prefix at `path` holds.
+
+    Raises ReaderError of one sentence where there is nothing, or nothing that can be read safely.
+    """
+    place = Path(path)
+    module, function = _reader(place)
+    read: Callable[[Path], Checkpoint] = getattr(importlib.import_module(f"regraft.readers.{module}"), function)
+    found = read(place)
+    if not found.tensors:
+        raise ReaderError(f"{place} must hold weights; no tensor is in it ({found.format}).")
+    return found
+
+
+def _reader(place: Path) -> tuple[str, str]:
+    checkpoint, graph = ("tensorflow_checkpoint", "read_tensorflow_checkpoint"), READERS[".pb"]
+    if place.is_dir():
+        if (place / "saved_model.pb").exists():
+            return graph
+        if (place / "checkpoint").exists() or any(place.glob("*.index")):
+            return checkpoint
+        raise ReaderError(
+            f"A folder of weights must be a SavedModel, a TensorFlow checkpoint or a Hugging Face model; {place} has "
+            "no saved_model.pb, *.index or config.json."
+        )
+    if place.suffix == ".index" or (not place.exists() and _is_prefix(place)):
+        return checkpoint
+    if not place.exists():
+        raise ReaderError(f"The file of weights must exist; there is no {place}.")
+    if place.suffix.lower() in READERS:
+        return READERS[place.suffix.lower()]
+    raise ReaderError(
+        f"A file of weights must end in one of {', '.join(READERS)}, or be a TensorFlow prefix; found {place}."
+    )
+
+
+def _is_prefix(place: Path) -> bool:
+    return Path(f"{place}.index").exists()

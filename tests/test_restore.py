@@ -1,0 +1,243 @@
+"""Weights find their places by name, or by shape and order, and nothing is loaded that was not asked for."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import pytest
+import torch
+from torch import nn
+
+from regraft.errors import ReaderError
+from regraft.restore import matches, restore
+
+
+def network(seed: int = 0, channels: int = 3, classes: int = 4) -> nn.Sequential:
+    torch.manual_seed(seed)
+    layers = OrderedDict(
+        conv=nn.Conv2d(channels, 8, (3, 2)),
+        norm=nn.BatchNorm2d(8),
+        act=nn.ReLU(),
+        depthwise=nn.Conv2d(8, 16, 3, groups=8),
+        flat=nn.Flatten(),
+        dense=nn.Linear(16 * 4 * 4, 6),
+        out=nn.Linear(6, classes),
+    )
+    made = nn.Sequential(layers)
+    for tensor in made.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.copy_(torch.randn(tensor.shape))
+    return made
+
+
+def mlp(layers: int = 11) -> nn.Sequential:
+    return nn.Sequential(OrderedDict((f"hidden{i}", nn.Linear(7, 7)) for i in range(1, layers)))
+
+
+def state(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {k: v.clone() for k, v in module.state_dict().items() if not k.endswith("num_batches_tracked")}
+
+
+def same(ours: nn.Module, theirs: nn.Module) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(state(ours).values(), state(theirs).values(), strict=True))
+
+
+def keras(module: nn.Sequential) -> dict[str, torch.Tensor]:
+    """The weights as Keras would hold them: HWIO, depthwise (h, w, in, multiplier), dense rows counted (h, w, c)."""
+    s = state(module)
+    return {
+        "conv/kernel": s["conv.weight"].permute(2, 3, 1, 0),
+        "conv/bias": s["conv.bias"],
+        "norm/gamma": s["norm.weight"],
+        "norm/beta": s["norm.bias"],
+        "norm/moving_mean": s["norm.running_mean"],
+        "norm/moving_variance": s["norm.running_var"],
+        "depthwise/depthwise_kernel": s["depthwise.weight"].reshape(8, 2, 3, 3).permute(2, 3, 0, 1),
+        "depthwise/bias": s["depthwise.bias"],
+        "dense/kernel": s["dense.weight"].reshape(6, 16, 4, 4).permute(2, 3, 1, 0).reshape(-1, 6),
+        "dense/bias": s["dense.bias"],
+        "out/kernel": s["out.weight"].T,
+        "out/bias": s["out.bias"],
+    }
+
+
+# --- names ---
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "model.", "backbone.", "encoder.", "module.backbone.", "odd_one."])
+def test_usual_prefixes_and_those_that_all_names_share_are_repaired(prefix: str) -> None:
+    source, target = network(1), network(2)
+    coverage = restore(target, {prefix + k: v for k, v in state(source).items()}, quiet=True)
+    assert same(target, source)
+    assert coverage.by == "name"
+    assert coverage.fresh == frozenset()
+    assert {row.status for row in coverage.rows} == {"renamed" if prefix else "loaded"}
+
+
+def test_prefix_of_the_network_is_repaired_too() -> None:
+    source, target = network(1), nn.Sequential(OrderedDict(backbone=network(2)))
+    assert restore(target, state(source), quiet=True).share == 1
+    assert same(target.backbone, source)
+
+
+def test_pattern_takes_whole_parts_from_the_start_of_the_new_name() -> None:
+    assert matches("hidden[123]", "hidden1.weight")
+    assert not matches("hidden[123]", "hidden10.weight")
+    assert matches(r"blocks\.[01]", "blocks.1.conv.weight")
+    assert not matches("conv", "blocks.1.conv.weight")
+    source, target = mlp(), mlp()
+    before = state(target)
+    coverage = restore(target, state(source), match="hidden[123]", quiet=True)
+    assert coverage.loaded == {f"hidden{i}.{k}" for i in (1, 2, 3) for k in ("weight", "bias")}
+    assert "hidden10.weight" in coverage.fresh
+    for name, value in state(target).items():
+        assert torch.equal(value, state(source)[name] if name in coverage.loaded else before[name])
+
+
+def test_names_are_renamed_first_and_a_name_that_is_not_there_is_refused() -> None:
+    source, target = network(1), network(2)
+    other = {k.replace("dense", "dense_1").replace("conv", "features.first"): v for k, v in state(source).items()}
+    restore(target, other, rename={"dense_1": "dense", "features.first": "conv"}, quiet=True)
+    assert same(target, source)
+    with pytest.raises(ReaderError, match="'dens_1' is not; nearest: dense_1"):
+        restore(target, other, rename={"dens_1": "dense"}, quiet=True)
+    with pytest.raises(ReaderError, match="must stay apart"):
+        restore(target, other, rename={"dense_1": "out"}, quiet=True)
+
+
+# --- order ---
+
+
+def test_foreign_names_are_matched_by_shape_and_order_when_every_tensor_fits_its_place() -> None:
+    source, target = network(1), network(2)
+    coverage = restore(target, {f"t{i}": v for i, v in enumerate(state(source).values())}, quiet=True)
+    assert coverage.by == "order"
+    assert same(target, source)
+
+
+def test_order_stands_even_when_the_classifier_is_another() -> None:
+    source, target = network(1, classes=9), network(2)
+    before = state(target)["out.weight"]
+    coverage = restore(target, {f"t{i}": v for i, v in enumerate(state(source).values())}, quiet=True)
+    assert coverage.fresh == {"out.weight", "out.bias"}
+    assert torch.equal(state(target)["out.weight"], before)
+
+
+@pytest.mark.parametrize("change", ["one too many", "one too few", "two exchanged"])
+def test_order_that_does_not_fit_loads_nothing(change: str) -> None:
+    target = network(2)
+    before = state(target)
+    values = list(state(network(1)).values())
+    if change == "one too many":
+        values.append(torch.zeros(3))
+    elif change == "one too few":
+        values.pop()
+    else:
+        values[0], values[1] = values[1], values[0]
+    with pytest.raises(ReaderError, match=r"nothing does: conv.weight is not in it; nearest names there: t"):
+        restore(target, {f"t{i}": v for i, v in enumerate(values)}, quiet=True)
+    assert all(torch.equal(a, b) for a, b in zip(state(target).values(), before.values(), strict=True))
+
+
+# --- layouts ---
+
+
+def test_keras_kernels_and_dense_rows_after_a_flatten_come_out_as_torch_has_them() -> None:
+    source, target = network(1), network(2)
+    coverage = restore(target, keras(source), layout="keras", quiet=True)
+    assert same(target, source)
+    moved = {row.parameter for row in coverage.rows if row.status == "transposed"}
+    assert moved == {"conv.weight", "depthwise.weight", "dense.weight", "out.weight"}
+
+
+def test_theano_kernels_are_turned() -> None:
+    source, target = network(1), network(2)
+    theirs = {k: v.flip(2, 3) if v.dim() == 4 else v.T if v.dim() == 2 else v for k, v in state(source).items()}
+    restore(target, theirs, layout="theano", quiet=True)
+    assert same(target, source)
+
+
+def test_flatten_that_is_not_square_is_told() -> None:
+    source = nn.Sequential(OrderedDict(conv=nn.Conv2d(1, 4, 1), flat=nn.Flatten(), dense=nn.Linear(4 * 2 * 6, 3)))
+    target = nn.Sequential(OrderedDict(conv=nn.Conv2d(1, 4, 1), flat=nn.Flatten(), dense=nn.Linear(4 * 2 * 6, 3)))
+    s = state(source)
+    theirs = {
+        "conv/kernel": s["conv.weight"].permute(2, 3, 1, 0),
+        "conv/bias": s["conv.bias"],
+        "dense/kernel": s["dense.weight"].reshape(3, 4, 2, 6).permute(2, 3, 1, 0).reshape(-1, 3),
+        "dense/bias": s["dense.bias"],
+    }
+    restore(target, theirs, layout="keras", flatten={"dense": (4, 2, 6)}, quiet=True)
+    assert same(target, source)
+
+
+def test_input_channels_are_adapted_only_when_asked() -> None:
+    source = network(1, channels=3)
+    for channels in (1, 4, 6):
+        target = network(2, channels=channels)
+        with pytest.raises(ReaderError, match="conv.weight is .8, 3, 3, 2., wanted .8, "):
+            restore(target, state(source), quiet=True)
+        restore(target, state(source), adapt=True, quiet=True)
+        grey = torch.randn(2, 1, 8, 7)
+        assert torch.allclose(
+            target.conv(grey.expand(-1, channels, -1, -1)), source.conv(grey.expand(-1, 3, -1, -1)), atol=1e-5
+        )
+
+
+def test_position_embeddings_are_resampled_only_when_asked() -> None:
+    class Tokens(nn.Module):
+        def __init__(self, count: int) -> None:
+            super().__init__()
+            self.positions = nn.Parameter(torch.zeros(1, count, 4))
+            self.body, self.out = nn.Linear(4, 4), nn.Linear(4, 2)
+
+    source, target = Tokens(1 + 16), Tokens(1 + 36)
+    source.positions.data[:, 1:] = torch.arange(4.0).repeat_interleave(4).view(1, 16, 1)
+    source.positions.data[:, 0] = 7
+    with pytest.raises(ReaderError, match="positions"):
+        restore(target, state(source), quiet=True)
+    restore(target, state(source), adapt=True, quiet=True)
+    rows = target.positions[0, 1:, 0].view(6, 6)
+    assert torch.all(target.positions[0, 0] == 7)
+    assert torch.all(rows.diff(dim=0) > 0)
+    assert torch.allclose(rows[:, :1].expand(-1, 6), rows, atol=1e-5)
+
+
+# --- coverage ---
+
+
+def test_less_than_all_is_refused_with_the_first_loss_and_nothing_changed() -> None:
+    source, target = network(1), network(2)
+    before = state(target)
+    lacking = {k: v for k, v in state(source).items() if not k.startswith("norm")}
+    with pytest.raises(ReaderError, match=r"holds 60%: 4 are not loaded, the first norm.weight \(missing"):
+        restore(target, lacking, quiet=True)
+    assert all(torch.equal(a, b) for a, b in zip(state(target).values(), before.values(), strict=True))
+    coverage = restore(target, lacking, min_coverage=0.5, quiet=True)
+    assert coverage.share == pytest.approx(0.6)
+    assert coverage.fresh == {f"norm.{k}" for k in ("weight", "bias", "running_mean", "running_var")}
+
+
+def test_nothing_is_never_enough() -> None:
+    with pytest.raises(ReaderError, match="Something of the given arrays must fit the network, and nothing does"):
+        restore(network(), {"wholly": torch.zeros(3), "other": torch.zeros(2)}, min_coverage=0, quiet=True)
+    with pytest.raises(ReaderError, match="matches none; nearest: dense"):
+        restore(network(), state(network()), match="dens", quiet=True)
+    with pytest.raises(ReaderError, match="must be a regular expression"):
+        restore(network(), state(network()), match="(", quiet=True)
+
+
+def test_whole_numbers_do_not_pass_for_weights() -> None:
+    quantised = {k: (v * 10).to(torch.uint8) if v.dim() == 4 else v for k, v in state(network(1)).items()}
+    with pytest.raises(ReaderError, match="conv.weight"):
+        restore(network(2), quantised, quiet=True)
+
+
+def test_table_tells_what_came_of_every_parameter(capsys: pytest.CaptureFixture[str]) -> None:
+    source = state(network(1, classes=9)) | {"extra.weight": torch.zeros(3)}
+    coverage = restore(network(2), source)
+    printed = capsys.readouterr().err
+    assert "matched by name: 10 loaded, 2 shape mismatch, 1 unexpected" in printed
+    assert "out.weight is (9, 6), wanted (4, 6)" in printed
+    assert "unexpected         extra.weight" in printed
+    assert coverage.to_json()["counts"] == {"loaded": 10, "shape mismatch": 2, "unexpected": 1}
