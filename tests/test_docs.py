@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -58,7 +59,9 @@ def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Monke
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(folder / f"{i}.png")
     Image.fromarray(images[0]).save("cat.jpg")
-    module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 2))
+    hidden = OrderedDict(hidden1=nn.Conv2d(3, 4, 3), act1=nn.ReLU(), hidden2=nn.Conv2d(4, 4, 3), act2=nn.ReLU())
+    module = nn.Sequential(OrderedDict(**hidden, flat=nn.Flatten(), out=nn.Linear(64, 2)))
+    torch.save(module.state_dict(), "model.ckpt")
     given = {"images": images, "labels": labels, "my_module": module, "batch": torch.zeros(2, 3, 8, 8)}
     code = README.split("```python\n")[1].split("```")[0]
     exec(compile(code, "README.md", "exec"), given)

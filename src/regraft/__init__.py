@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from regraft.errors import RegraftError
     from regraft.params import freeze, parameter_groups
     from regraft.recipe import Curve, Run, curve, evaluate, fit
-    from regraft.restore import Coverage, restore
+    from regraft.weights import Coverage, restore
 
 _HOME = {
     "Backbone": "backbone",
-    "Coverage": "restore",
+    "Coverage": "weights",
     "Curve": "recipe",
     "Dataset": "data",
     "Prediction": "artifact",
@@ -38,7 +38,7 @@ _HOME = {
     "load_data": "data",
     "load_model": "artifact",
     "parameter_groups": "params",
-    "restore": "restore",
+    "restore": "weights",
 }
 
 __all__ = [

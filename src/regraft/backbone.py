@@ -20,7 +20,7 @@ from regraft.networks.embedded import EMBEDDED
 from regraft.operations import Operations, build
 from regraft.preprocess import PreprocessSpec, plain_spec
 from regraft.readers import Checkpoint, Layout, is_file_spec, read_checkpoint
-from regraft.restore import Coverage, restore
+from regraft.weights import Coverage, restore
 
 SCRATCH = "scratch"
 CUSTOM = "custom"

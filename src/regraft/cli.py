@@ -2,34 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
 from regraft.__version__ import __version__
+from regraft.options import DEVICES, SPEC_HELP, WEIGHT_OPTIONS, learning, on_bad_option, shared, weights
 from regraft.printable import printable
-from regraft.terminal import guarded, lines_of_stdin, print_json, progress, to_stderr
+from regraft.terminal import lines_of_stdin, print_json, progress, to_stderr
 
-SPEC_HELP = (
-    "default (EfficientNet-Lite0, ImageNet, no download), scratch (the same network with random weights, frozen), "
-    "a timm name such as resnet50.a1_in1k, torchvision/NAME, hf/ORG/NAME, or a file: .pt .pth .pt2 .safetensors .keras "
-    ".h5 .onnx .pb .npz .npy .msgpack, a TensorFlow checkpoint prefix, a SavedModel or Hugging Face folder."
-)
-GROUP_HELP = (
-    "Regular expression; pictures with the same first bracket, searched in the path inside the class folder, "
-    "are never parted."
-)
-ARCH_HELP = (
-    "The network that a file of weights belongs to: a timm name, torchvision/NAME, or package.module:function of yours."
-)
-MATCH_HELP = "Take only the parameters whose names in the new network match, whole path parts from the start."
-RENAME_HELP = "A name part of the file and what it is called in the network; may be repeated."
-LAYOUT_HELP = "How the file lays out kernels, instead of what its format says."
-COVERAGE_HELP = "Least share of the parameters wanted that must be loaded."
-ON_BAD_HELP = "What unreadable pictures mean: exit code 1 after all others are done, or nothing but a line each."
-DEVICES = click.Choice(["auto", "cpu", "cuda"])
 LISTED = 20
 """Of files that were left out, so many are named on the terminal; the record names all."""
 CONTINUES = "what was computed is kept, and the same command continues"
@@ -48,73 +31,14 @@ def main() -> None:
     """
 
 
-def _debug(context: click.Context, parameter: click.Parameter, value: bool) -> bool:
-    context.obj = value
-    return value
-
-
-def _shared(after_stop: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """What every command has: one-sentence errors, --json, --debug."""
-    debug = {"is_flag": True, "expose_value": False, "callback": _debug, "help": "Show the traceback of an error."}
-
-    def wrap(command: Callable[..., None]) -> Callable[..., None]:
-        command = click.option("--debug", **debug)(guarded(after_stop)(command))  # type: ignore[arg-type]
-        return click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else.")(
-            command
-        )
-
-    return wrap
-
-
-def _learning(command: Callable[..., None]) -> Callable[..., None]:
-    """The options of the commands that learn."""
-    for option in (
-        click.option("-v", "--verbose", is_flag=True, help="Name the files that were passed over."),
-        click.option("--allow-empty-class", is_flag=True, help="Keep the place of a class folder without pictures."),
-        click.option("--strict", is_flag=True, help="Stop when a picture would be left out, or learned and tested."),
-        click.option("--device", type=DEVICES, default="auto", show_default=True),
-        click.option("--seed", default=0, show_default=True, help="Seed of the folds, and of `scratch`."),
-        click.option("--group", metavar="REGEX", help=GROUP_HELP),
-    ):
-        command = option(command)
-    return command
-
-
-def _weights(command: Callable[..., None]) -> Callable[..., None]:
-    """The options that say how a file of weights fills a network."""
-    for option in (
-        click.option("--min-coverage", type=click.FloatRange(0, 1), default=1.0, help=COVERAGE_HELP),
-        click.option("--adapt", is_flag=True, help="Fit the first kernel and position embeddings to another input."),
-        click.option("--layout", type=click.Choice(["torch", "keras", "theano", "flax"]), help=LAYOUT_HELP),
-        click.option("--rename", metavar="OLD=NEW", multiple=True, callback=_pairs, help=RENAME_HELP),
-        click.option("--match", metavar="REGEX", help=MATCH_HELP),
-        click.option("--arch", metavar="NAME", help=ARCH_HELP),
-    ):
-        command = option(command)
-    return command
-
-
-def _pairs(context: click.Context, parameter: click.Parameter, value: tuple[str, ...]) -> dict[str, str]:
-    pairs = [tuple(one.partition("=")) for one in value]
-    for one, (old, equals, new) in zip(value, pairs, strict=True):
-        if not old or not equals or not new:
-            raise click.BadParameter(f"{one!r} is not of the form OLD=NEW")
-    return {old: new for old, _, new in pairs}
-
-
-def _on_bad(command: Callable[..., None]) -> Callable[..., None]:
-    choices = click.Choice(["fail", "skip"])
-    return click.option("--on-bad", type=choices, default="fail", show_default=True, help=ON_BAD_HELP)(command)
-
-
 @main.command()
 @click.argument("data")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Directory of the run.")
 @click.option("--backbone", default="default", show_default=True, metavar="SPEC", help=SPEC_HELP)
 @click.option("--test", metavar="DATA", help="Pictures that only the finished model sees.")
-@_weights
-@_learning
-@_shared(CONTINUES)
+@weights
+@learning
+@shared(CONTINUES)
 def fit(data: str, out: Path, verbose: bool, as_json: bool, **options: Any) -> None:
     """Do the whole job: curve, choice, final model, report.
 
@@ -150,9 +74,9 @@ def fit(data: str, out: Path, verbose: bool, as_json: bool, **options: Any) -> N
 @main.command()
 @click.argument("data")
 @click.option("--backbone", "backbones", default=["default"], multiple=True, metavar="SPEC", help=SPEC_HELP)
-@_weights
-@_learning
-@_shared(CONTINUES)
+@weights
+@learning
+@shared(CONTINUES)
 def curve(
     data: str,
     backbones: tuple[str, ...],
@@ -173,11 +97,20 @@ def curve(
     """
     from regraft import recipe
     from regraft.data import load_data
+    from regraft.readers import is_file_spec
 
     dataset = load_data(data, group=group, allow_empty_class=allow_empty_class)
+    for_files = {name: options.pop(name) for name in WEIGHT_OPTIONS}
     with progress() as say:
         found = [
-            recipe.curve(dataset, backbone, say=say, allow_empty_class=allow_empty_class, **options)
+            recipe.curve(
+                dataset,
+                backbone,
+                say=say,
+                allow_empty_class=allow_empty_class,
+                **options,
+                **(for_files if len(backbones) == 1 or is_file_spec(backbone) else {}),
+            )
             for backbone in backbones
         ]
     found.sort(key=lambda one: -one.choice.score.score)
@@ -205,8 +138,8 @@ def curve(
 @click.argument("paths", nargs=-1, required=True)
 @click.option("--top", default=1, show_default=True, type=click.IntRange(1), help="Labels per picture.")
 @click.option("--device", type=DEVICES, default="auto", show_default=True)
-@_on_bad
-@_shared(UNCHANGED)
+@on_bad_option
+@shared(UNCHANGED)
 def predict(run: Path, paths: tuple[str, ...], top: int, device: str, on_bad: str, as_json: bool) -> None:
     """Print labels and probabilities for files, folders, or paths on standard input (-).
 
@@ -245,8 +178,8 @@ def predict(run: Path, paths: tuple[str, ...], top: int, device: str, on_bad: st
 @click.argument("data")
 @click.option("--group", metavar="REGEX", help="As for fit: pictures of one group count together for the interval.")
 @click.option("--device", type=DEVICES, default="auto", show_default=True)
-@_on_bad
-@_shared(UNCHANGED)
+@on_bad_option
+@shared(UNCHANGED)
 def evaluate(run: Path, data: str, group: str | None, device: str, on_bad: str, as_json: bool) -> None:
     """Judge a saved model: accuracy, per-class table, confusion, calibration.
 
@@ -271,9 +204,9 @@ def evaluate(run: Path, data: str, group: str | None, device: str, on_bad: str, 
 @main.command()
 @click.argument("spec", default="default")
 @click.option("--all", "everything", is_flag=True, help="List every cut, not only those shown on a curve.")
-@_weights
-@_shared(UNCHANGED)
-def inspect(spec: str, everything: bool, as_json: bool, **weights: Any) -> None:
+@weights
+@shared(UNCHANGED)
+def inspect(spec: str, everything: bool, as_json: bool, **options: Any) -> None:
     """Show a network: parameters, preprocessing, the cuts.
 
     SPEC is as for fit --backbone.
@@ -286,7 +219,7 @@ def inspect(spec: str, everything: bool, as_json: bool, **weights: Any) -> None:
     from regraft.backbone import load_backbone
     from regraft.inspect import describe
 
-    document = describe(load_backbone(spec, **weights))
+    document = describe(load_backbone(spec, **options))
     if as_json:
         print_json(document)
         return
@@ -312,7 +245,7 @@ def cache() -> None:
 
 
 @cache.command("list")
-@_shared(UNCHANGED)
+@shared(UNCHANGED)
 def cache_list(as_json: bool) -> None:
     """List what the store holds.
 
@@ -345,7 +278,7 @@ def cache_list(as_json: bool) -> None:
 
 
 @cache.command("verify")
-@_shared("what was checked stays as it is")
+@shared("what was checked stays as it is")
 def cache_verify(as_json: bool) -> None:
     """Read every record; set damaged ones aside (they are computed again when needed).
 
@@ -367,7 +300,7 @@ def cache_verify(as_json: bool) -> None:
 @click.option(
     "--older-than", type=click.FloatRange(0), metavar="DAYS", help="Remove what was not used for so many days."
 )
-@_shared("what was removed is gone, the rest is whole")
+@shared("what was removed is gone, the rest is whole")
 def cache_prune(max_bytes: int | None, older_than: float | None, as_json: bool) -> None:
     """Make room: the least recently used features, and what killed processes left behind.
 

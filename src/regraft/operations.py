@@ -73,9 +73,15 @@ LAYERS: dict[str, type[nn.Module]] = {
         *(nn.BatchNorm1d, nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm, nn.Dropout, nn.Dropout2d),
         *(nn.ELU, nn.GELU, nn.Hardsigmoid, nn.Hardswish, nn.LeakyReLU, nn.Mish, nn.PReLU, nn.ReLU, nn.ReLU6),
         *(nn.SELU, nn.Sigmoid, nn.SiLU, nn.Softmax, nn.LogSoftmax, nn.Softplus, nn.Tanh),
+        *(nn.CELU, nn.Hardshrink, nn.LogSigmoid, nn.Softshrink, nn.Softsign, nn.Tanhshrink, nn.Threshold),
     )
 }
 """Layers by the name of their class; `options` are their keyword arguments."""
+
+
+def affine(x: torch.Tensor, scale: float = 1.0, shift: float = 0.0) -> torch.Tensor:
+    """x * scale + shift, by numbers."""
+    return x * scale + shift
 
 
 def concat(*tensors: torch.Tensor, dim: int) -> torch.Tensor:
@@ -139,6 +145,11 @@ def permute(x: torch.Tensor, dims: Sequence[int]) -> torch.Tensor:
     return x.permute(*dims)
 
 
+def upsample(x: torch.Tensor, scale: Sequence[float], mode: str) -> torch.Tensor:
+    """F.interpolate of (n, c, h, w) by a factor for the height and one for the width."""
+    return F.interpolate(x, scale_factor=tuple(scale), mode=mode)
+
+
 def local_response_norm(x: torch.Tensor, size: int, alpha: float, beta: float, k: float) -> torch.Tensor:
     """Normalisation over neighbouring channels (Krizhevsky et al. 2012)."""
     return F.local_response_norm(x, size, alpha, beta, k)
@@ -147,6 +158,7 @@ def local_response_norm(x: torch.Tensor, size: int, alpha: float, beta: float, k
 FUNCTIONS: dict[str, Callable[..., torch.Tensor]] = {
     "abs": torch.abs,
     "add": operator.add,
+    "affine": affine,
     "amax": amax,
     "amin": amin,
     "clamp": torch.clamp,
@@ -179,6 +191,7 @@ FUNCTIONS: dict[str, Callable[..., torch.Tensor]] = {
     "tile": torch.tile,
     "transpose": torch.transpose,
     "unsqueeze": torch.unsqueeze,
+    "upsample": upsample,
     "where": torch.where,
 }
 """Functions of the tensors in `inputs`, then of `options` by keyword."""

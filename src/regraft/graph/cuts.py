@@ -15,6 +15,7 @@ of the same content in a plain layout).
 from __future__ import annotations
 
 import difflib
+import operator
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -87,11 +88,12 @@ def trace(
         >>> trace(torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.ReLU()), torch.zeros(1, 2)).cuts[0].name
         '0'
     """
-    followed = follow(module, leaf_modules=leaf_modules, leaf_functions=leaf_functions)
+    followed = follow(module, example=example, leaf_modules=leaf_modules, leaf_functions=leaf_functions)
     part = runnable(followed.graph, module, followed.constants)
     sights, passes = observe(followed.graph, module, part, example)
     found, refused, joins = _sweep(followed, passes, sights)
-    ends = {path: _one_tensor(nodes, sights) for path, nodes in followed.ends.items()}
+    by_name = {node.name: node for node in followed.graph.nodes}
+    ends = {path: _one_tensor([by_name[n] for n in nodes], sights) for path, nodes in followed.ends.items()}
     cuts = _cuts(followed, ends, module, passes, sights, found, refused, joins)
     shape = tuple(example.shape)
     return Trace(module, followed.graph, shape, cuts, ends, followed.constants, sights, refused)
@@ -192,9 +194,15 @@ def _not_alone(
 # ---- naming the cuts --------------------------------------------------------------------------------------------
 
 
-def _one_tensor(nodes: Sequence[str], sights: Mapping[str, Sight]) -> str | None:
-    """The one tensor in the result of a module; sizes and the like beside it do not count."""
-    tensors = [n for n in nodes if sights[n].depends is Depends.CONTENT and isinstance(sights[n].seen[0], Tensor)]
+def _one_tensor(nodes: Sequence[fx.Node], sights: Mapping[str, Sight]) -> str | None:
+    """The one tensor in the result of a module; sizes and the like beside it do not count.
+
+    Of a tuple that a module in one piece returns, it is the part that is taken out of it.
+    """
+    tuples = [node for node in nodes if isinstance(sights[node.name].seen[0], tuple)]
+    taken = [user for node in tuples for user in node.users if user.target is operator.getitem]
+    content = [n.name for n in [*nodes, *taken] if sights[n.name].depends is Depends.CONTENT]
+    tensors = [name for name in content if isinstance(sights[name].seen[0], Tensor)]
     return tensors[0] if len(tensors) == 1 else None
 
 

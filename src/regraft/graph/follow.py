@@ -12,6 +12,7 @@ threads must not run modules meanwhile (a limit of `torch.fx`).
 
 from __future__ import annotations
 
+import operator
 import random
 import sys
 import threading
@@ -28,6 +29,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from regraft.errors import TraceError
+from regraft.graph.facts import Facts, require_same_way
 
 _ONE_AT_A_TIME = threading.RLock()
 _TORCH = str(Path(torch.__file__).parent)
@@ -57,11 +59,15 @@ class Followed:
 def follow(
     module: nn.Module,
     *,
+    example: torch.Tensor | None = None,
     leaf_modules: Collection[type[nn.Module]] = (),
     leaf_functions: Collection[Callable[..., Any]] = (),
 ) -> Followed:
     """The graph of `module`, whose `forward` takes one tensor; further arguments keep their defaults.
 
+    Where code branches on sizes or types, the way that `example` takes is followed, and the graph raises TraceError on
+    inputs that would take another; without an example, and in small modules where the way hangs on the size of the
+    picture, the module that branches is kept in one piece.
     `leaf_modules` are classes and `leaf_functions` functions to keep in one piece; what timm declares as such is
     added where timm is imported. The module is left as it was: modes, attributes, random state.
     Raises TraceError, naming file and line, where the outermost `forward` itself cannot be followed.
@@ -71,7 +77,7 @@ def follow(
     with _ONE_AT_A_TIME:
         while True:
             try:
-                return _settle(module, leaves)
+                return _settle(module, leaves, example)
             except _Stopped as stop:
                 leaves.add(module, stop)
 
@@ -115,14 +121,14 @@ class _Stopped(Exception):
         self.reason = reason
 
 
-def _settle(module: nn.Module, leaves: _Leaves) -> Followed:
+def _settle(module: nn.Module, leaves: _Leaves, example: torch.Tensor | None) -> Followed:
     """Follow the network and answer its questions about the mode (`if self.training`).
 
     Every question is answered "no". Where answering "yes" instead gives the same graph, the mode makes no difference
     (attention asks for the rate of a dropout that is 0 anyway); where it gives another one, the module that asked is
     kept in one piece. A module without submodules loses nothing by that, so it is not tried.
     """
-    followed, asked = _attempt(module, leaves, say_yes_to=None)
+    followed, asked = _attempt(module, leaves, example, say_yes_to=None)
     childless = [path for path in asked if path and not any(True for _ in module.get_submodule(path).children())]
     if childless:
         raise _Stopped(childless, _MODE)
@@ -130,7 +136,7 @@ def _settle(module: nn.Module, leaves: _Leaves) -> Followed:
     for kind in {type(module.get_submodule(path)): None for path in asked}:
         paths = [path for path in asked if type(module.get_submodule(path)) is kind]
         try:
-            other, _ = _attempt(module, leaves, say_yes_to=kind)
+            other, _ = _attempt(module, leaves, example, say_yes_to=kind)
         except _Stopped as stop:
             raise _Stopped(paths, _MODE) from stop
         if str(other.graph.python_code("self").src) != plain:
@@ -139,10 +145,10 @@ def _settle(module: nn.Module, leaves: _Leaves) -> Followed:
 
 
 def _attempt(
-    module: nn.Module, leaves: _Leaves, *, say_yes_to: type[nn.Module] | None
+    module: nn.Module, leaves: _Leaves, example: torch.Tensor | None, *, say_yes_to: type[nn.Module] | None
 ) -> tuple[Followed, tuple[str, ...]]:
     """One pass through `forward`, and the paths of the modules that asked for the mode."""
-    tracer = _Tracer(leaves, say_yes_to)
+    tracer = _Tracer(leaves, say_yes_to, None if example is None else Facts(module, example))
     with _left_as_it_was(module), _mode_as_a_value(tracer):
         dice = _dice()
         known = set(module.__dict__)
@@ -155,8 +161,23 @@ def _attempt(
         if _dice() != dice:
             raise _Stopped([""], _DICE)
         constants = {name: value for name, value in module.__dict__.items() if name not in known}
-    scopes = {name: scope for name, (scope, _) in tracer.node_name_to_scope.items()}
-    return Followed(graph, _numbered(tracer.finished), scopes, constants), tuple(tracer.asked)
+    _drop_unused_parts(graph)
+    names = {node.name for node in graph.nodes}
+    scopes = {name: scope for name, (scope, _) in tracer.node_name_to_scope.items() if name in names}
+    finished = [(path, tuple(name for name in nodes if name in names)) for path, nodes in tracer.finished]
+    return Followed(graph, _numbered(finished), scopes, constants), tuple(tracer.asked)
+
+
+def _drop_unused_parts(graph: fx.Graph) -> None:
+    """Forget parts of tuples that are taken and never used, lest the whole tuple seem to be needed for them."""
+    for node in reversed(graph.nodes):
+        if node.target is operator.getitem and not node.users:
+            graph.erase_node(node)
+
+
+def _is_small(module: nn.Module) -> bool:
+    """Nothing but single layers below: kept in one piece, it loses no block."""
+    return not any(True for child in module.children() for _ in child.children())
 
 
 def _numbered(finished: list[tuple[str, tuple[str, ...]]]) -> dict[str, tuple[str, ...]]:
@@ -173,10 +194,12 @@ def _numbered(finished: list[tuple[str, tuple[str, ...]]]) -> dict[str, tuple[st
 class _Tracer(fx.Tracer):
     """Writes down one pass through `forward`, with modes, parameters and buffers as values."""
 
-    def __init__(self, leaves: _Leaves, say_yes_to: type[nn.Module] | None) -> None:
+    def __init__(self, leaves: _Leaves, say_yes_to: type[nn.Module] | None, facts: Facts | None) -> None:
         super().__init__(autowrap_functions=tuple(leaves.functions))
         self.leaves = leaves
         self.say_yes_to = say_yes_to
+        self.facts = facts
+        self.looking_up = False
         self.thread = threading.get_ident()
         self.finished: list[tuple[str, tuple[str, ...]]] = []
         self.asked: list[str] = []
@@ -203,6 +226,8 @@ class _Tracer(fx.Tracer):
         return super().is_leaf_module(m, module_qualified_name) or self.leaves.holds(m, module_qualified_name)
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if self.looking_up:
+            return forward(*args, **kwargs)
         path = self.path_of_module(m)
         if type(m) is nn.Identity and len(args) == 1 and not m._forward_hooks and not m._forward_pre_hooks:
             result = args[0]  # the same value under another name
@@ -222,7 +247,7 @@ class _Tracer(fx.Tracer):
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         """Parameters and buffers become values of the graph, so that none is baked in."""
         name = self.stored.get(id(attr_val)) if isinstance(attr_val, torch.Tensor) else None
-        if name is None:
+        if name is None or self.looking_up:
             return attr_val
         if name not in parameter_proxy_cache:
             parameter_proxy_cache[name] = self.create_proxy(
@@ -233,6 +258,8 @@ class _Tracer(fx.Tracer):
     def mode_of(self, module: nn.Module) -> Any:
         """What reading `module.training` gives while the network is followed: a value of the graph."""
         path = (self.submodule_paths or {}).get(module)
+        if self.looking_up:
+            return False
         if path is None or threading.get_ident() != self.thread:
             return module.__dict__["training"]
         if path not in self.modes:
@@ -240,12 +267,44 @@ class _Tracer(fx.Tracer):
         return self.modes[path]
 
     def to_bool(self, obj: fx.Proxy) -> bool:
-        if not any(obj is mode for mode in self.modes.values()):
-            return bool(super().to_bool(obj))
         path = self.running()
-        if path not in self.asked:
-            self.asked.append(path)
-        return self.say_yes_to is type(self.root.get_submodule(path))
+        if any(obj is mode for mode in self.modes.values()):
+            if path not in self.asked:
+                self.asked.append(path)
+            return self.say_yes_to is type(self.root.get_submodule(path))
+        answers = self.known(obj)
+        if not answers or any(isinstance(answer, torch.Tensor) for answer in answers):
+            return bool(super().to_bool(obj))
+        first, *others = map(bool, answers)
+        if others[0] != first:
+            raise _Stopped([path], "it branches on the size of the batch")
+        if not all(other == first for other in others):
+            if path and _is_small(self.root.get_submodule(path)):
+                raise _Stopped([path], "it branches on the size of the picture")
+            assert self.facts is not None
+            self.facts.leave_others()
+        self.create_proxy("call_function", require_same_way, (obj, first), {})
+        return first
+
+    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+        """The parts of a size or another tuple, where their number is known."""
+        parts = self.parts(obj)
+        return super().iter(obj) if parts is None else iter([obj[i] for i in range(parts)])
+
+    def parts(self, value: fx.Proxy) -> int | None:
+        """How many parts a size or another tuple has; None where it is something else or cannot be told."""
+        lengths = {len(answer) if isinstance(answer, tuple) else None for answer in self.known(value) or [None]}
+        return lengths.pop() if len(lengths) == 1 else None
+
+    def known(self, value: fx.Proxy) -> list[Any] | None:
+        """What the value is for inputs like the example, as `Facts.of` tells."""
+        if self.facts is None:
+            return None
+        self.looking_up = True
+        try:
+            return self.facts.of(value.node)
+        finally:
+            self.looking_up = False
 
 
 class _Value(fx.Proxy):
@@ -265,6 +324,10 @@ class _Value(fx.Proxy):
 
     def __setitem__(self, index: Any, value: Any) -> None:
         self._write(_set_item, index, value)
+
+    def __len__(self) -> int:
+        parts = self.tracer.parts(self) if isinstance(self.tracer, _Tracer) else None
+        return super().__len__() if parts is None else parts
 
     def _write(self, operation: Callable[..., Any], *args: Any) -> fx.Proxy:
         return self.tracer.create_proxy("call_function", operation, (self, *args), {})

@@ -135,7 +135,7 @@ def _plan(module: nn.Module, example: torch.Tensor) -> Iterator[Pass]:
         ) from e
     yield Pass(x, output, "")
     yield Pass(_like(example, 3), None, "batch")
-    for size in _other_sizes(example):
+    for size in other_sizes(example):
         yield Pass(_like(example, 2, size), None, "size")
     try:
         output = _output(whole.train(), x, whole)
@@ -145,7 +145,7 @@ def _plan(module: nn.Module, example: torch.Tensor) -> Iterator[Pass]:
 
 
 def _output(part: nn.Module, x: torch.Tensor, run: Callable[[torch.Tensor], Any]) -> Any:
-    with _left_alone(part, x), torch.no_grad():
+    with left_alone(part, x), torch.no_grad():
         torch.manual_seed(0)
         return run(x.clone())
 
@@ -158,7 +158,7 @@ def _like(example: torch.Tensor, batch: int, size: tuple[int, int] | None = None
     return torch.randn(shape, generator=torch.Generator().manual_seed(batch)).to(example)
 
 
-def _other_sizes(example: torch.Tensor) -> list[tuple[int, int]]:
+def other_sizes(example: torch.Tensor) -> list[tuple[int, int]]:
     """Other picture sizes to try: first those of another shape, so that height and width can be told apart.
 
     The smaller one, at less cost, comes first where a network that halves its maps five times has something left.
@@ -180,14 +180,19 @@ def _other_sizes(example: torch.Tensor) -> list[tuple[int, int]]:
 
 
 @contextmanager
-def _left_alone(module: nn.Module, example: torch.Tensor) -> Iterator[None]:
-    """Put back running statistics and random state."""
+def left_alone(module: nn.Module, example: torch.Tensor) -> Iterator[None]:
+    """Put back running statistics, plain attributes (a layer may adapt itself to the size it sees) and random state."""
+    plain = [(m, dict(m.__dict__)) for m in module.modules()]
     kept = [(m, name, b, None if b is None else b.clone()) for m in module.modules() for name, b in m._buffers.items()]
     devices = [example.device] if example.is_cuda else []
     try:
         with torch.random.fork_rng(devices=devices):
             yield
     finally:
+        for m, then in plain:
+            if m.__dict__.keys() != then.keys() or any(m.__dict__[key] is not then[key] for key in then):
+                m.__dict__.clear()
+                m.__dict__.update(then)
         for m, name, buffer, value in kept:
             m._buffers[name] = buffer
             if buffer is not None and value is not None:

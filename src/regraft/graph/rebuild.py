@@ -97,8 +97,9 @@ def _to_be_had(node: fx.Node, sights: Mapping[str, Sight], cut: fx.Node, found: 
         return True
     if sight.depends is Depends.CONTENT:
         return above
-    if sight.effect or sight.overwritten:  # must happen exactly once, on its side of the cut
-        return above
+    once = sight.effect or sight.overwritten  # must happen exactly once, on its side of the cut
+    if once and not above:
+        return False
     if node.name not in found:
         found[node.name] = None
         found[node.name] = _recipe(node, sights, cut, found, above)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from regraft.errors import ReaderError
-from regraft.restore import matches, restore
+from regraft.weights import matches, restore
 
 
 def network(seed: int = 0, channels: int = 3, classes: int = 4) -> nn.Sequential:
