@@ -65,10 +65,22 @@ class AverageSame(SamePadding):
         return F.avg_pool2d(padded, self.kernel, self.stride) / F.avg_pool2d(seen, self.kernel, self.stride)
 
 
+class Named(nn.Module):
+    """One of FUNCTIONS as a layer, so that its result can be found by the name of its step, as a place to cut."""
+
+    def __init__(self, function: str, **options: Any) -> None:
+        super().__init__()
+        self.function, self.options = FUNCTIONS[function], options
+
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+        """The function of the inputs."""
+        return self.function(*inputs, **self.options)
+
+
 LAYERS: dict[str, type[nn.Module]] = {
     layer.__name__: layer
     for layer in (
-        *(nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.AvgPool2d, nn.MaxPool2d, AverageSame, SamePadding),
+        *(nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.AvgPool2d, nn.MaxPool2d, AverageSame, SamePadding, Named),
         *(nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d, nn.Linear, nn.Embedding, nn.Flatten, nn.Identity, nn.Upsample),
         *(nn.BatchNorm1d, nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm, nn.Dropout, nn.Dropout2d),
         *(nn.ELU, nn.GELU, nn.Hardsigmoid, nn.Hardswish, nn.LeakyReLU, nn.Mish, nn.PReLU, nn.ReLU, nn.ReLU6),
@@ -140,6 +152,13 @@ def take(x: torch.Tensor, index: torch.Tensor, dim: int) -> torch.Tensor:
     return x.index_select(dim, index)
 
 
+def attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None = None, *, scale: float | None
+) -> torch.Tensor:
+    """softmax(query keyᵀ scale + mask) value over the last two axes; scale None is 1 / sqrt(width)."""
+    return F.scaled_dot_product_attention(query, key, value, mask, scale=scale)
+
+
 def permute(x: torch.Tensor, dims: Sequence[int]) -> torch.Tensor:
     """Axes in another order."""
     return x.permute(*dims)
@@ -161,6 +180,7 @@ FUNCTIONS: dict[str, Callable[..., torch.Tensor]] = {
     "affine": affine,
     "amax": amax,
     "amin": amin,
+    "attention": attention,
     "clamp": torch.clamp,
     "concat": concat,
     "div": operator.truediv,
