@@ -289,7 +289,7 @@ class _Tracer(fx.Tracer):
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
         """The parts of a size or another tuple, where their number is known."""
         parts = self.parts(obj)
-        return super().iter(obj) if parts is None else iter([obj[i] for i in range(parts)])
+        return super().iter(obj) if parts is None else iter([obj[i] for i in range(parts)])  # type: ignore[index]
 
     def parts(self, value: fx.Proxy) -> int | None:
         """How many parts a size or another tuple has; None where it is something else or cannot be told."""
