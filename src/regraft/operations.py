@@ -200,6 +200,7 @@ FUNCTIONS: dict[str, Callable[..., torch.Tensor]] = {
     "permute": permute,
     "pow": torch.pow,
     "reshape": reshape,
+    "roll": torch.roll,
     "rsqrt": torch.rsqrt,
     "select": torch.select,
     "slice": slice_along,

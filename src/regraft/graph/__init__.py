@@ -1,6 +1,8 @@
 """Where a network falls in two, found in its graph of operations.
 
 follow    module -> torch.fx graph that reads the mode (training or not) when it runs
+facts     what sizes and types are while a module is followed, for code that branches on them
+kept      what a module keeps in its attributes, so that running its code can be undone
 twins     modules that share tensors with the network and have a mode of their own; makes graphs runnable
 observe   what each value of the graph is, from a few runs, and whether the graph does what the network does
 rebuild   sizes that cross a cut, read off the tensor at the cut

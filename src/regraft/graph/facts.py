@@ -112,7 +112,7 @@ class Facts:
     def _of_piece(self, piece: nn.Module, args: Any, kwargs: Any) -> Any:
         """What foreign code gives: for noise, not for fake tensors, because it may keep in a cache what it computes."""
         args, kwargs = pytree.tree_map_only(FakeTensor, _noise, (args, kwargs))
-        with left_alone(piece, torch.empty(0)):
+        with left_alone(piece, self.worlds[0].x):
             result = piece(*args, **kwargs)
         return pytree.tree_map_only(torch.Tensor, self.mode.from_tensor, result)
 

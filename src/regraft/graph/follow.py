@@ -30,6 +30,7 @@ from torch.utils import _pytree as pytree
 
 from regraft.errors import TraceError
 from regraft.graph.facts import Facts, require_same_way
+from regraft.graph.kept import changed, kept, put_back
 
 _ONE_AT_A_TIME = threading.RLock()
 _TORCH = str(Path(torch.__file__).parent)
@@ -126,12 +127,13 @@ def _settle(module: nn.Module, leaves: _Leaves, example: torch.Tensor | None) ->
 
     Every question is answered "no". Where answering "yes" instead gives the same graph, the mode makes no difference
     (attention asks for the rate of a dropout that is 0 anyway); where it gives another one, the module that asked is
-    kept in one piece. A module without submodules loses nothing by that, so it is not tried.
+    kept in one piece. A module without submodules that gives one tensor loses nothing by that, so it is not tried.
     """
     followed, asked = _attempt(module, leaves, example, say_yes_to=None)
-    childless = [path for path in asked if path and not any(True for _ in module.get_submodule(path).children())]
-    if childless:
-        raise _Stopped(childless, _MODE)
+    single = {path.split("@")[0] for path, nodes in followed.ends.items() if len(nodes) == 1}
+    alone = [path for path in asked if path in single and not any(True for _ in module.get_submodule(path).children())]
+    if alone:
+        raise _Stopped(alone, _MODE)
     plain = str(followed.graph.python_code("self").src)
     for kind in {type(module.get_submodule(path)): None for path in asked}:
         paths = [path for path in asked if type(module.get_submodule(path)) is kind]
@@ -234,11 +236,11 @@ class _Tracer(fx.Tracer):
         elif self.is_leaf_module(m, path):
             result = super().call_module(m, forward, args, kwargs)
         else:
-            dice, before = _dice(), _attributes(m)
+            dice, before = _dice(), kept(m)
             result = super().call_module(m, forward, args, kwargs)
             if _dice() != dice:
                 raise _Stopped([path], _DICE)
-            if _changed(before, _attributes(m)):
+            if changed(before, m):
                 raise _Stopped([path], "it changes its own attributes")
         parts = pytree.tree_leaves(result)
         self.finished.append((path, tuple(part.node.name for part in parts if isinstance(part, fx.Proxy))))
@@ -406,30 +408,15 @@ def _mode_as_a_value(tracer: _Tracer) -> Iterator[None]:
 @contextmanager
 def _left_as_it_was(module: nn.Module) -> Iterator[None]:
     """Put back every attribute that `forward` stores on its modules, and the state of the random generators."""
-    before = [(m, _attributes(m)) for m in module.modules()]
+    before = [(kept(m), m) for m in module.modules()]
     python = random.getstate()
     try:
         with torch.random.fork_rng(devices=[]):
             yield
     finally:
         random.setstate(python)
-        for m, stored in before:
-            if _changed(stored, _attributes(m)):
-                for now, then in zip(_shelves(m), stored, strict=True):
-                    now.clear()
-                    now.update(then)
-
-
-def _shelves(module: nn.Module) -> tuple[dict[str, Any], ...]:
-    return (module.__dict__, module._buffers, module._parameters, module._modules)
-
-
-def _attributes(module: nn.Module) -> tuple[dict[str, Any], ...]:
-    return tuple(dict(shelf) for shelf in _shelves(module))
-
-
-def _changed(before: tuple[dict[str, Any], ...], after: tuple[dict[str, Any], ...]) -> bool:
-    return any(a.keys() != b.keys() or any(a[k] is not b[k] for k in a) for a, b in zip(before, after, strict=True))
+        for then, m in before:
+            put_back(then, m)
 
 
 def _dice() -> tuple[object, ...]:

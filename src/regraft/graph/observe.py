@@ -19,6 +19,7 @@ import torch
 from torch import fx, nn
 
 from regraft.errors import TraceError
+from regraft.graph.kept import kept, put_back
 from regraft.graph.twins import twin
 
 Varies = Literal["", "batch", "size", "mode"]
@@ -181,19 +182,19 @@ def other_sizes(example: torch.Tensor) -> list[tuple[int, int]]:
 
 @contextmanager
 def left_alone(module: nn.Module, example: torch.Tensor) -> Iterator[None]:
-    """Put back running statistics, plain attributes (a layer may adapt itself to the size it sees) and random state."""
-    plain = [(m, dict(m.__dict__)) for m in module.modules()]
-    kept = [(m, name, b, None if b is None else b.clone()) for m in module.modules() for name, b in m._buffers.items()]
+    """Put back running statistics, attributes (a layer may adapt itself to the size it sees) and random state."""
+    attributes = [(kept(m), m) for m in module.modules()]
+    statistics = [
+        (m, name, b, None if b is None else b.clone()) for m in module.modules() for name, b in m._buffers.items()
+    ]
     devices = [example.device] if example.is_cuda else []
     try:
         with torch.random.fork_rng(devices=devices):
             yield
     finally:
-        for m, then in plain:
-            if m.__dict__.keys() != then.keys() or any(m.__dict__[key] is not then[key] for key in then):
-                m.__dict__.clear()
-                m.__dict__.update(then)
-        for m, name, buffer, value in kept:
+        for then, m in attributes:
+            put_back(then, m)
+        for m, name, buffer, value in statistics:
             m._buffers[name] = buffer
             if buffer is not None and value is not None:
                 buffer.copy_(value)

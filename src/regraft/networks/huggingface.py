@@ -201,7 +201,9 @@ def _with_weights(kind: Any, config: Any, folder: Path) -> nn.Module:
             "again."
         ) from e
     for tensor in [*module.parameters(), *module.buffers()]:
-        tensor.data = tensor.data.clone()  # the file is mapped into memory at odd addresses, where kernels round otherwise
+        tensor.data = (
+            tensor.data.clone()
+        )  # the file is mapped into memory at odd addresses, where kernels round otherwise
     missing = sorted([*report["missing_keys"], *map(str, report["mismatched_keys"])])
     if missing and all(name.startswith("pooler.") for name in missing):
         return _without_pooler(module)
