@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from regraft.errors import BackboneError
+from regraft.networks.torchvision_ops import declare_missing_operators
 from regraft.preprocess import PreprocessSpec, plain_spec
 
 SIZES = (224, 28, 32, 64, 96, 128, 48, 40, 56, 72, 80, 100, 112, 150, 160, 192, 196, 200, 240, 256, 288, 299, 384, 512)
@@ -107,16 +108,17 @@ def _called(name: str, seed: int) -> nn.Module:
     package, _, function = name.partition(":")
     if os.getcwd() not in sys.path:  # as `python -m` has it; a console script has not
         sys.path.insert(0, os.getcwd())
+    declare_missing_operators()  # the package may import torchvision
     try:
         made = getattr(importlib.import_module(package), function)
-    except (ImportError, AttributeError) as e:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            module = made()
+    except Exception as e:  # whatever the user's code raises
         raise BackboneError(
-            f"An architecture of the form package.module:function must be importable; {name!r} is not ({e}): start "
-            "where its package lies, or install it."
+            f"An architecture of the form package.module:function must be importable and take nothing; {name!r} is not "
+            f"({type(e).__name__}: {e}): start where its package lies, or install what it needs."
         ) from e
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        module = made()
     if not isinstance(module, nn.Module):
         raise BackboneError(f"The function {name} must give a torch module; it gives a {type(module).__name__}.")
     return module.eval()

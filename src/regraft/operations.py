@@ -53,7 +53,8 @@ class SamePadding(nn.Module):
             reach = (-(-size // stride) - 1) * stride + (self.kernel[axis] - 1) * self.dilation[axis] + 1
             missing = max(0, reach - size)
             pads += sorted((missing // 2, missing - missing // 2), reverse=self.before)
-        return F.pad(x, pads, value=self.value)
+        range_of = torch.finfo(x.dtype)  # the lowest float32, which marks a pool's padding, is none of bfloat16
+        return F.pad(x, pads, value=min(max(self.value, range_of.min), range_of.max))
 
 
 class AverageSame(SamePadding):
