@@ -242,9 +242,7 @@ def _from_weights(
     stated = preprocess or made.preprocess
     module, shape = with_pictures(made.module, (stated.channels, *stated.size) if stated else None)
     if module is not made.module:
-        coverage = replace(
-            coverage, rows=tuple(replace(r, parameter=r.parameter and f"network.{r.parameter}") for r in coverage.rows)
-        )
+        coverage = coverage.below("network")
     final = stated_or_plain(stated, shape)
     said = as_operations(trace(module, _blank(final)), _blank(final)) if is_user_function(arch) else None
     operations = said.operations if said else None

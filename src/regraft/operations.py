@@ -154,7 +154,12 @@ def take(x: torch.Tensor, index: torch.Tensor, dim: int) -> torch.Tensor:
 
 
 def attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None = None, *, scale: float | None
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    *,
+    scale: float | None,
 ) -> torch.Tensor:
     """softmax(query keyᵀ scale + mask) value over the last two axes; scale None is 1 / sqrt(width)."""
     return F.scaled_dot_product_attention(query, key, value, mask, scale=scale)

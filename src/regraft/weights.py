@@ -16,7 +16,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -84,6 +84,11 @@ class Coverage:
     def share(self) -> float:
         """Loaded share of what had to be loaded."""
         return len(self.chosen & self.loaded) / max(1, len(self.chosen))
+
+    def below(self, path: str) -> Coverage:
+        """The same of a network that hangs at `path` in another one."""
+        rows = tuple(replace(row, parameter=row.parameter and f"{path}.{row.parameter}") for row in self.rows)
+        return replace(self, rows=rows, chosen=frozenset(f"{path}.{name}" for name in self.chosen))
 
     def to_json(self) -> dict[str, Any]:
         """Counts by status and the names of what was not loaded."""
