@@ -92,7 +92,7 @@ def torch_networks():
     x = torch.from_numpy(rand(3, 3, 16, 16))
     network = trained(transformer(), x).eval()
     torch.onnx.export(network, (x[:1],), FILES / "onnx_torch_tokens.onnx", dynamo=True, external_data=False)
-    written("onnx_torch_tokens", x.numpy(), {})
+    written("onnx_torch_tokens", x.numpy(), {"blocks.0.softmax": "softmax", "blocks.1.norm2": "layer_norm_3"})
 
 
 def trained(network, x):
@@ -202,7 +202,8 @@ def tensorflow_network():
     taken = [tf.TensorSpec((None, 17, 15, 3), tf.float32, name="picture")]
     path = FILES / "onnx_tensorflow.onnx"
     tf2onnx.convert.from_function(tf.function(network), taken, opset=13, output_path=str(path))
-    written("onnx_tensorflow", x.transpose(0, 3, 1, 2), {}, last=True)
+    values = {"net_1.join_1.Add": "net_1/join_1/Add:0", "net_1.most_1.MaxPool2d": "net_1/most_1/MaxPool2d:0"}
+    written("onnx_tensorflow", x.transpose(0, 3, 1, 2), values, last=True)
 
 
 # ---- scikit-learn -----------------------------------------------------------------------------------------------

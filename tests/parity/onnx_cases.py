@@ -1,4 +1,4 @@
-"""Graphs of one or a few ONNX operators, each with what ONNX Runtime computes for it; `make_onnx.py` writes them down."""
+"""Graphs of one or a few ONNX operators, with what ONNX Runtime computes for each; `make_onnx.py` writes them down."""
 
 import numpy as np
 from onnx import TensorProto, helper, numpy_helper

@@ -14,7 +14,6 @@ import contextlib
 import io
 import math
 import mmap
-import struct
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -25,8 +24,8 @@ import numpy as np
 
 from regraft.errors import ReaderError
 from regraft.printable import printable
+from regraft.readers.hdf5_headers import Damaged, Data, check_file, check_texts
 
-HEAP = b"GCOL\x01\0\0\0"
 MAGIC = b"\x89HDF\r\n\x1a\n"
 GROWTH = 64
 """At most so many times its size a file may become by unpacking: weights hardly shrink at all."""
@@ -72,13 +71,13 @@ def read_tree(path: Path, content: bytes | None = None, *, skip: Callable[[str],
         import h5py
     except ImportError as e:
         raise ReaderError("Reading HDF5 needs the package h5py: run `pip install regraft[keras]`.") from e
-    size = path.stat().st_size if content is None else len(content)
     shown = printable(str(path))
     try:
-        _check_heaps(path, content)
-        with h5py.File(path if content is None else io.BytesIO(content), "r") as file:
-            return _read(h5py, file, size, skip)
-    except _Refused as e:
+        with _raw(path, content) as data:
+            check_file(data)
+            with h5py.File(path if content is None else io.BytesIO(content), "r") as file:
+                return _read(h5py, file, data, skip)
+    except (_Refused, Damaged) as e:
         raise ReaderError(f"{shown} must hold plain arrays of its own; {printable(str(e))}.") from e
     except MemoryError as e:
         raise ReaderError(f"Reading {shown} needs more memory than there is: its arrays are too large.") from e
@@ -103,38 +102,25 @@ class _Allowance:
             raise _Refused(f"{name} declares {unpacked:,} bytes, more than a file of {self.size:,} bytes has room for")
 
 
-def _check_heaps(path: Path, content: bytes | None) -> None:
-    """Refuse heaps of texts whose entries do not follow each other to the end: HDF5 would look for it forever.
-
-    A heap is GCOL, version 1, its size, then entries of number (2 bytes), count (2), nothing (4), length (8) and
-    content rounded up to 8 bytes; number 0 is the free rest, with its own head in its length.
-    """
-    with contextlib.ExitStack() as stack:
-        data: bytes | mmap.mmap | None = content
-        if data is None:
-            file = stack.enter_context(open(path, "rb"))
-            data = stack.enter_context(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-        heap = data.find(HEAP)
-        while heap >= 0:
-            end = min(len(data), heap + int.from_bytes(data[heap + 8 : heap + 16], "little"))
-            place = heap + 16
-            while place + 16 <= end:
-                number, length = struct.unpack("<H6xQ", data[place : place + 16])
-                step = 16 + -(-length // 8) * 8 if number else length
-                if step < 16 or place + step > end:
-                    raise _Refused(f"its heap of texts at byte {heap} is damaged")
-                place += step
-            heap = data.find(HEAP, heap + 8)
+@contextlib.contextmanager
+def _raw(path: Path, content: bytes | None) -> Iterator[Data]:
+    """The bytes of the file, without reading them all."""
+    if content is not None:
+        yield content
+        return
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        yield data
 
 
-def _read(h5py: Any, file: Any, size: int, skip: Callable[[str], bool]) -> Tree:
-    allowance = _Allowance(size)
+def _read(h5py: Any, file: Any, data: Data, skip: Callable[[str], bool]) -> Tree:
+    allowance = _Allowance(len(data))
     arrays: dict[str, Array] = {}
     skipped: list[str] = []
     attributes: dict[str, Mapping[str, str | tuple[str, ...]]] = {}
-    for _, name, entry in sorted(_entries(h5py, file), key=lambda found: found[0]):
+    for address, name, entry in sorted(_entries(h5py, file), key=lambda found: found[0]):
         if isinstance(entry, h5py.Group):
-            attributes[name] = _attributes(h5py, entry, name, size)
+            check_texts(data, address)
+            attributes[name] = _attributes(h5py, entry, name, len(data))
             continue
         _check(entry, name, allowance)
         if skip(name):
