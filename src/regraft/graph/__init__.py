@@ -1,6 +1,7 @@
 """Where a network falls in two, found in its graph of operations.
 
 follow    module -> torch.fx graph that reads the mode (training or not) when it runs
+leaves    what is kept in one piece, attempt by attempt
 facts     what sizes and types are while a module is followed, for code that branches on them
 kept      what a module keeps in its attributes, so that running its code can be undone
 twins     modules that share tensors with the network and have a mode of their own; makes graphs runnable

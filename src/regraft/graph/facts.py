@@ -10,7 +10,7 @@ types without memory), in several worlds:
 A value that hangs on the content of the input has no answer: fake tensors hold no numbers.
 
 Knows graphs, not what a module means. Not covered: operations that cannot be run on fake tensors, and conditions that
-hold in all of these worlds but not in others; the graph checks every answer again when it runs.
+hold in all of these worlds but not in others; the graph checks every answer about sizes again when it runs.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def require_same_way(condition: object, seen: bool) -> None:
     """Part of graphs: refuse an input for which the network's code would go another way; raises TraceError."""
     if bool(condition) != seen:
         raise TraceError(
-            "A traced network keeps to the way through its code that the example took; this input, of another size or "
-            "type, would take another one: trace with an example like it."
+            "A traced network keeps to the way through its code that the example took; this input, of another size, "
+            "would take another one: trace with an example of that size."
         )
 
 

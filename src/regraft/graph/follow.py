@@ -16,30 +16,23 @@ import operator
 import random
 import sys
 import threading
-import traceback
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from regraft.errors import TraceError
 from regraft.graph.facts import Facts, require_same_way
 from regraft.graph.kept import changed, kept, put_back
+from regraft.graph.leaves import Leaves, Stopped, timm_leaves
 
 _ONE_AT_A_TIME = threading.RLock()
-_TORCH = str(Path(torch.__file__).parent)
-_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _MODE = "it branches on self.training"
 _DICE = "it draws random numbers that do not depend on its input"
-_ADVICE = (
-    "move that part into a submodule of its own, or name its class in leaf_modules; regraft then treats it as one piece"
-)
 
 
 @dataclass(frozen=True)
@@ -67,62 +60,23 @@ def follow(
     """The graph of `module`, whose `forward` takes one tensor; further arguments keep their defaults.
 
     Where code branches on sizes or types, the way that `example` takes is followed, and the graph raises TraceError on
-    inputs that would take another; without an example, and in small modules where the way hangs on the size of the
+    sizes that would take another; without an example, and in small modules where the way hangs on the size of the
     picture, the module that branches is kept in one piece.
     `leaf_modules` are classes and `leaf_functions` functions to keep in one piece; what timm declares as such is
     added where timm is imported. The module is left as it was: modes, attributes, random state.
     Raises TraceError, naming file and line, where the outermost `forward` itself cannot be followed.
     """
-    kinds, functions = _timm_leaves()
-    leaves = _Leaves(set(kinds) | set(leaf_modules), {f for f in [*functions, *leaf_functions] if callable(f)})
+    kinds, functions = timm_leaves()
+    leaves = Leaves(set(kinds) | set(leaf_modules), {f for f in [*functions, *leaf_functions] if callable(f)})
     with _ONE_AT_A_TIME:
         while True:
             try:
                 return _settle(module, leaves, example)
-            except _Stopped as stop:
+            except Stopped as stop:
                 leaves.add(module, stop)
 
 
-@dataclass
-class _Leaves:
-    """What is kept in one piece; it grows from attempt to attempt, so following ends."""
-
-    kinds: set[type[nn.Module]]
-    functions: set[Callable[..., Any]]
-    exact_kinds: set[type[nn.Module]] = field(default_factory=set)
-    paths: set[str] = field(default_factory=set)
-
-    def add(self, root: nn.Module, stop: _Stopped) -> None:
-        """Keep the modules that stopped the attempt in one piece.
-
-        Where another one of the class did so before, the whole class: the others would stop it too, one by one.
-        """
-        if "" in stop.paths:
-            raise TraceError(_sentence(root, stop)) from stop.__cause__
-        kinds = {type(root.get_submodule(path)) for path in self.paths}
-        again = {kind for path in stop.paths if (kind := type(root.get_submodule(path))) in kinds}
-        self.exact_kinds |= {kind for kind in again if kind is not type(root) and kind not in _CONTAINERS}
-        self.paths |= set(stop.paths)
-
-    def holds(self, module: nn.Module, path: str) -> bool:
-        return (
-            path in self.paths
-            or type(module) in self.exact_kinds
-            or isinstance(module, tuple(self.kinds))
-            or bool(module._forward_hooks or module._forward_pre_hooks)
-        )
-
-
-class _Stopped(Exception):
-    """The modules at `paths` ("" for the outermost) cannot be followed."""
-
-    def __init__(self, paths: Collection[str], reason: str) -> None:
-        super().__init__(reason)
-        self.paths = paths
-        self.reason = reason
-
-
-def _settle(module: nn.Module, leaves: _Leaves, example: torch.Tensor | None) -> Followed:
+def _settle(module: nn.Module, leaves: Leaves, example: torch.Tensor | None) -> Followed:
     """Follow the network and answer its questions about the mode (`if self.training`).
 
     Every question is answered "no". Where answering "yes" instead gives the same graph, the mode makes no difference
@@ -133,21 +87,21 @@ def _settle(module: nn.Module, leaves: _Leaves, example: torch.Tensor | None) ->
     single = {path.split("@")[0] for path, nodes in followed.ends.items() if len(nodes) == 1}
     alone = [path for path in asked if path in single and not any(True for _ in module.get_submodule(path).children())]
     if alone:
-        raise _Stopped(alone, _MODE)
+        raise Stopped(alone, _MODE)
     plain = str(followed.graph.python_code("self").src)
     for kind in {type(module.get_submodule(path)): None for path in asked}:
         paths = [path for path in asked if type(module.get_submodule(path)) is kind]
         try:
             other, _ = _attempt(module, leaves, example, say_yes_to=kind)
-        except _Stopped as stop:
-            raise _Stopped(paths, _MODE) from stop
+        except Stopped as stop:
+            raise Stopped(paths, _MODE) from stop
         if str(other.graph.python_code("self").src) != plain:
-            raise _Stopped(paths, _MODE)
+            raise Stopped(paths, _MODE)
     return followed
 
 
 def _attempt(
-    module: nn.Module, leaves: _Leaves, example: torch.Tensor | None, *, say_yes_to: type[nn.Module] | None
+    module: nn.Module, leaves: Leaves, example: torch.Tensor | None, *, say_yes_to: type[nn.Module] | None
 ) -> tuple[Followed, tuple[str, ...]]:
     """One pass through `forward`, and the paths of the modules that asked for the mode."""
     tracer = _Tracer(leaves, say_yes_to, None if example is None else Facts(module, example))
@@ -156,12 +110,12 @@ def _attempt(
         known = set(module.__dict__)
         try:
             graph = tracer.trace(module)
-        except _Stopped:
+        except Stopped:
             raise
         except Exception as e:  # user code runs here: any class may come out
-            raise _Stopped([tracer.running()], str(e) or type(e).__name__) from e
+            raise Stopped([tracer.running()], str(e) or type(e).__name__) from e
         if _dice() != dice:
-            raise _Stopped([""], _DICE)
+            raise Stopped([""], _DICE)
         constants = {name: value for name, value in module.__dict__.items() if name not in known}
     _drop_unused_parts(graph)
     names = {node.name for node in graph.nodes}
@@ -196,7 +150,7 @@ def _numbered(finished: list[tuple[str, tuple[str, ...]]]) -> dict[str, tuple[st
 class _Tracer(fx.Tracer):
     """Writes down one pass through `forward`, with modes, parameters and buffers as values."""
 
-    def __init__(self, leaves: _Leaves, say_yes_to: type[nn.Module] | None, facts: Facts | None) -> None:
+    def __init__(self, leaves: Leaves, say_yes_to: type[nn.Module] | None, facts: Facts | None) -> None:
         super().__init__(autowrap_functions=tuple(leaves.functions))
         self.leaves = leaves
         self.say_yes_to = say_yes_to
@@ -239,9 +193,9 @@ class _Tracer(fx.Tracer):
             dice, before = _dice(), kept(m)
             result = super().call_module(m, forward, args, kwargs)
             if _dice() != dice:
-                raise _Stopped([path], _DICE)
+                raise Stopped([path], _DICE)
             if changed(before, m):
-                raise _Stopped([path], "it changes its own attributes")
+                raise Stopped([path], "it changes its own attributes")
         parts = pytree.tree_leaves(result)
         self.finished.append((path, tuple(part.node.name for part in parts if isinstance(part, fx.Proxy))))
         return result
@@ -279,14 +233,20 @@ class _Tracer(fx.Tracer):
             return bool(super().to_bool(obj))
         first, *others = map(bool, answers)
         if others[0] != first:
-            raise _Stopped([path], "it branches on the size of the batch")
+            raise Stopped([path], "it branches on the size of the batch")
         if not all(other == first for other in others):
             if path and _is_small(self.root.get_submodule(path)):
-                raise _Stopped([path], "it branches on the size of the picture")
+                raise Stopped([path], "it branches on the size of the picture")
             assert self.facts is not None
             self.facts.leave_others()
-        self.create_proxy("call_function", require_same_way, (obj, first), {})
+        if not self.asks_for_types(obj.node):
+            self.create_proxy("call_function", require_same_way, (obj, first), {})
         return first
+
+    def asks_for_types(self, condition: fx.Node) -> bool:
+        """Types change when a network is run in another precision; its operations object by themselves."""
+        values = [self.known(self.proxy(node)) or [None] for node in condition.all_input_nodes]
+        return bool(values) and all(isinstance(value[0], torch.dtype | torch.device) for value in values)
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
         """The parts of a size or another tuple, where their number is known."""
@@ -327,12 +287,26 @@ class _Value(fx.Proxy):
     def __setitem__(self, index: Any, value: Any) -> None:
         self._write(_set_item, index, value)
 
+    def __getattr__(self, k: str) -> fx.proxy.Attribute:
+        return _Attribute(self, k)
+
     def __len__(self) -> int:
-        parts = self.tracer.parts(self) if isinstance(self.tracer, _Tracer) else None
-        return super().__len__() if parts is None else parts
+        return _length(self)
 
     def _write(self, operation: Callable[..., Any], *args: Any) -> fx.Proxy:
         return self.tracer.create_proxy("call_function", operation, (self, *args), {})
+
+
+class _Attribute(fx.proxy.Attribute):
+    """`x.shape` and the like, which know how many parts they have."""
+
+    def __len__(self) -> int:
+        return _length(self)
+
+
+def _length(value: fx.Proxy) -> int:
+    parts = value.tracer.parts(value) if isinstance(value.tracer, _Tracer) else None
+    return fx.Proxy.__len__(value) if parts is None else parts
 
 
 # Functions of their own, because the code that torch.fx writes for operator.iadd changes numbers that are used again.
@@ -424,25 +398,3 @@ def _dice() -> tuple[object, ...]:
     numpy = sys.modules.get("numpy")
     drawn = numpy.random.get_state()[1:3] if numpy else ((), 0)
     return random.getstate(), torch.get_rng_state().numpy().tobytes(), bytes(drawn[0]), drawn[1]
-
-
-def _timm_leaves() -> tuple[list[type[nn.Module]], list[Callable[..., Any]]]:
-    """The classes and functions that timm declares as untraceable; nothing where no timm layer can be in the network.
-
-    A network made of timm's layers has imported them, so looking is enough and nothing is imported here.
-    """
-    layers = sys.modules.get("timm.layers")
-    if layers is None:
-        return [], []
-    return layers.get_notrace_modules(), layers.get_notrace_functions()
-
-
-def _sentence(root: nn.Module, stop: _Stopped) -> str:
-    """What stopped at the outermost module, at which line of the user's code, and what to do."""
-    where = f"{type(root).__name__}.forward"
-    if stop.__cause__ is not None:
-        frames = traceback.extract_tb(stop.__cause__.__traceback__)
-        own = [f for f in frames if not f.filename.startswith((_TORCH, __file__, "<"))]
-        where += f" ({own[-1].filename}:{own[-1].lineno})" if own else ""
-    reason = stop.reason.strip().rstrip(".").splitlines()[0]
-    return f"A network must be one fixed sequence of operations; {where} cannot be followed: {reason}: {_ADVICE}."
