@@ -166,8 +166,8 @@ def rebuild(
         module: nn.Module = build(operations, tensors)
     elif is_user_function(source.architecture):
         raise BackboneError(
-            f"This model was fitted on {source.architecture}, which a saved model may not start by itself: give "
-            f"--arch {source.architecture}."
+            f"This model was fitted on {source.architecture}, code that a saved model may not start by itself: load it "
+            "with regraft.load_model(path, backbone=module)."
         )
     else:
         module = architecture(source.architecture, pretrained=False).module
