@@ -342,6 +342,10 @@ def _no_shape(config, layer):
     layer["input"]["config"]["batch_shape"] = None
 
 
+def _not_finite(config, layer):
+    layer["leaky"]["config"]["negative_slope"] = float("nan")
+
+
 def _biased(config, layer):
     layer["stem"]["config"]["use_bias"] = True
 
@@ -379,6 +383,7 @@ REFUSED = {
     _misfit: "'stem'",
     _tiny: "'inner.conv'",
     _no_shape: "input",
+    _not_finite: "'leaky'.*negative_slope",
     _biased: "'stem' must have 2 weights",
     _list: "layer",
     _deep: "deep",
@@ -538,12 +543,6 @@ def _two_names(file, folder):
     file["layers/dense/vars/1"] = file["layers/dense/vars/0"]
 
 
-def _huge_attribute(file, folder):
-    group = file["layers/dense/vars"]
-    space = h5py.h5s.create_simple((10**7,))
-    h5py.h5a.create(group.id, b"name", h5py.h5t.C_S1, space, h5py.h5p.create(h5py.h5p.ATTRIBUTE_CREATE))
-
-
 HOSTILE = {
     _soft_link: "SoftLink",
     _external_link: "ExternalLink",
@@ -573,6 +572,47 @@ def test_entries_of_hdf5_that_are_not_plain_arrays_of_the_file_are_refused(tmp_p
     with pytest.raises(ReaderError, match=words) as refused:
         read_keras(place)
     assert "trap.weights.h5" in str(refused.value)
+
+
+def in_the_new_format(place, target):
+    """The same content as HDF5 writes it since version 1.10."""
+    with h5py.File(place) as old, h5py.File(target, "w", libver="latest") as new:
+        new.attrs.update(old.attrs)
+        for name in old:
+            old.copy(name, new)
+    return target
+
+
+def test_the_new_format_of_hdf5_holds_the_same(files, tmp_path):
+    plain = read_keras(files / "keras2_frozen.h5")
+    new = read_keras(in_the_new_format(files / "keras2_frozen.h5", tmp_path / "new.h5"))
+    assert new.operations == plain.operations
+    assert all(torch.equal(new.tensors[name], value) for name, value in plain.tensors.items())
+
+
+@pytest.mark.parametrize("new", [False, True], ids=["old format", "new format"])
+def test_a_text_longer_than_the_file_is_refused_before_room_is_made(files, tmp_path, new):
+    place = tmp_path / "long.h5"
+    (in_the_new_format if new else shutil.copy)(files / "keras2_frozen.h5", place)
+    content = place.read_bytes()
+    with h5py.File(place) as file:
+        text = file.attrs["model_config"].encode()
+    heap = content.index(b"GCOL")
+    said = len(text).to_bytes(4, "little") + heap.to_bytes(8, "little")
+    assert content.count(said) == 1
+    place.write_bytes(content.replace(said, b"\xf0\xff\xff\xff" + said[4:]))
+    reason = "checksum" if new else "declares 4,294,967,280 bytes"
+    with pytest.raises(ReaderError, match=reason):
+        read_keras(place)
+
+
+def test_a_heap_of_texts_without_an_end_is_refused(files, tmp_path):
+    content = bytearray((files / "keras2_frozen.h5").read_bytes())
+    heap = content.index(b"GCOL")
+    content[heap + 16 : heap + 64] = bytes(48)
+    (tmp_path / "endless.h5").write_bytes(content)
+    with pytest.raises(ReaderError, match="heap of texts"):
+        read_keras(tmp_path / "endless.h5")
 
 
 def archive(files, tmp_path, spoil):

@@ -88,17 +88,17 @@ def test_every_operator_gives_what_onnx_runtime_gives(name, tmp_path):
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_whole_network_gives_what_onnx_runtime_gives_in_every_layer(name):
     found, module, stored = network(name)
-    x = torch.from_numpy(stored.pop("x"))
+    x = torch.from_numpy(stored["x"])
     with torch.no_grad():
-        np.testing.assert_allclose(module(x).numpy(), stored.pop("output"), **CLOSE)
+        np.testing.assert_allclose(module(x).numpy(), stored["output"], **CLOSE)
     names = [step.name for step in found.operations.steps]
-    for layer, value in stored.items():
+    for layer in stored.keys() - {"x", "output"}:
         steps = found.operations.steps[: names.index(layer) + 1]
         made = {step.name for step in steps}
         tensors = {t: v for t, v in found.tensors.items() if t in made or t.rpartition(".")[0] in made}
         with torch.no_grad():
             part = build(Operations(steps, layer), tensors)(x)
-        np.testing.assert_allclose(part.numpy(), value, **CLOSE, err_msg=layer)
+        np.testing.assert_allclose(part.numpy(), stored[layer], **CLOSE, err_msg=layer)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -146,10 +146,9 @@ def test_layers_are_called_as_the_exporter_called_them():
     assert type(module.get_submodule("blocks.0.bn")) is torch.nn.BatchNorm2d
     assert module.get_submodule("stem.bn").eps == 1e-5
     assert type(module.get_submodule("blocks.0.act.Mul")) is torch.nn.SiLU
-    tokens, module, _ = network("torch_tokens")
+    _, module, _ = network("torch_tokens")
     assert type(module.get_submodule("blocks.1.norm2")) is torch.nn.LayerNorm
     assert type(module.get_submodule("blocks.1.proj.linear")) is torch.nn.Linear
-    assert tokens.tensors["pos_embed"].shape == (12, 17) or tokens.tensors["pos_embed"].shape == (17, 12)
     assert "tf2onnx" in network("tensorflow")[0].format
 
 
@@ -180,7 +179,7 @@ def test_a_channels_last_graph_keeps_no_permute_but_the_one_before_the_dense_lay
         ("last_padded", ["Conv2d", "pad", "Conv2d"]),
         ("last_and_first", ["Conv2d", "Conv2d", "add"]),
         ("last_grown", ["Conv2d", "Upsample"]),
-        ("transpose_pair", ["Conv2d", "parameter", "add"]),
+        ("transpose_pair", ["Conv2d"]),
         ("conv_bias_added", ["Conv2d"]),
         ("matmul_added", ["Linear"]),
         ("max_behind", ["Conv2d", "MaxPool2d"]),

@@ -8,8 +8,8 @@ import contextlib
 import os
 import random
 import sys
+import tarfile
 import tracemalloc
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -47,9 +47,9 @@ every_network = pytest.mark.parametrize("name", NETWORKS)
 def unpacked(tmp_path_factory):
     """What TensorFlow wrote, one folder for each archive."""
     place = tmp_path_factory.mktemp("tensorflow")
-    for path in FILES.glob("tensorflow_*.zip"):
-        with zipfile.ZipFile(path) as archive:
-            archive.extractall(place / path.stem.removeprefix("tensorflow_"))
+    for path in FILES.glob("tensorflow_*.tar.xz"):
+        with tarfile.open(path) as archive:
+            archive.extractall(place / path.name.removeprefix("tensorflow_").removesuffix(".tar.xz"), filter="data")
     return place
 
 
@@ -315,6 +315,19 @@ def test_a_network_falls_in_two_at_every_cut_and_learns(networks, name):
     assert all(not torch.equal(p, before[n]) for n, p in network.named_parameters())
 
 
+def test_every_operation_gives_what_tensorflow_gave(unpacked):
+    places = sorted((unpacked / "operations").glob("*.pb"))
+    assert len(places) >= 40
+    wrong = {}
+    for place in places:
+        x, y = (second(np.load(place.with_suffix(f".{end}.npy"))) for end in ("in", "out"))
+        with torch.no_grad():
+            found = module(read_tensorflow_graph(place))(x)
+        if found.shape != y.shape or not torch.allclose(found, y, atol=1e-5, rtol=1e-5):
+            wrong[place.stem] = (found.shape, y.shape, found - y if found.shape == y.shape else None)
+    assert not wrong
+
+
 @pytest.mark.parametrize(
     ("name", "norms"), [("keras3", 2), ("frozen", 2), ("keras2", 1), ("saver", 1), ("constants", 1)]
 )
@@ -427,10 +440,20 @@ def test_a_graph_for_pictures_of_every_size_is_read_without_one(tmp_path):
     assert [module(found)(torch.ones(1, 3, n, 5)).shape[2] for n in (4, 7)] == [4, 7]
 
 
+@pytest.mark.parametrize("sizes", [[], [-1], [-1, 8, 8, -1], [-1, 8, 0, 3], [-1, 1 << 20, 1 << 20, 3], [1, 2, 3, 4, 5]])
+def test_an_input_that_is_neither_pictures_nor_rows_is_refused(tmp_path, sizes):
+    path = tmp_path / "frozen.pb"
+    path.write_bytes(files.graph([files.placeholder(sizes), files.node("y", "Relu", ["images"])]))
+    with pytest.raises(ReaderError, match=r"The input 'images' of .* its shape is \["):
+        read_tensorflow_graph(path)
+
+
 def test_an_output_that_is_not_one_row_for_each_picture_is_refused(tmp_path):
     first = [files.constant(n, np.array(v, np.int32)) for n, v in (("at", [0, 0, 0, 0]), ("size", [1, 8, 8, 3]))]
-    with pytest.raises(ReaderError, match="for every picture"):
+    with pytest.raises(ReaderError, match="part of the batch"):
         read_tensorflow_graph(frozen(tmp_path, *first, files.node("y", "Slice", ["images", "at", "size"])))
+    with pytest.raises(ReaderError, match="for every picture"):
+        read_tensorflow_graph(frozen(tmp_path, files.node("y", "Shape", ["images"])))
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ Run with the real framework in an environment of its own (`pip install tensorflo
 
     python tests/parity/make_tensorflow.py tests/parity/files
 
-Each archive `tensorflow_NAME.zip` holds what TensorFlow wrote (a SavedModel is 10 times smaller so), and
+Each archive `tensorflow_NAME.tar.xz` holds what TensorFlow wrote (a SavedModel is 10 times smaller so), and
 `tensorflow_NAME.npz` an input and the outputs of several layers, pictures with their channels last as TensorFlow has
 them.
 """
@@ -15,10 +15,11 @@ import os
 
 os.environ |= {"TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "", "TF_ENABLE_ONEDNN_OPTS": "0"}
 
+import io
 import shutil
 import sys
+import tarfile
 import tempfile
-import zipfile
 from pathlib import Path
 
 import keras
@@ -28,19 +29,19 @@ import tf_keras
 from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
 
 v1 = tf.compat.v1
-STAMP = (2020, 1, 1, 0, 0, 0)
 
 
 def pack(folder: Path, target: Path) -> None:
-    with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
+    with tarfile.open(target, "w:xz", preset=9) as archive:
         for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-            info = zipfile.ZipInfo(str(path.relative_to(folder)), STAMP)
-            archive.writestr(info, path.read_bytes(), zipfile.ZIP_DEFLATED, 9)
+            info = tarfile.TarInfo(str(path.relative_to(folder)))
+            info.size = path.stat().st_size
+            archive.addfile(info, io.BytesIO(path.read_bytes()))
 
 
 def save(out: Path, name: str, folder: Path | None, **arrays: np.ndarray) -> None:
     if folder is not None:
-        pack(folder, out / f"tensorflow_{name}.zip")
+        pack(folder, out / f"tensorflow_{name}.tar.xz")
         shutil.rmtree(folder)
     np.savez_compressed(out / f"tensorflow_{name}.npz", **arrays)
 
@@ -134,7 +135,7 @@ def small_network(k):
     x = layers.BatchNormalization(name="stem_norm")(x)
     x = layers.LeakyReLU(name="leaky", **({"negative_slope": 0.1} if k is keras else {"alpha": 0.1}))(x)
     x = layers.DepthwiseConv2D(3, padding="same", depth_multiplier=2, name="depthwise")(x)
-    x = layers.MaxPooling2D(2, padding="same", name="largest")(x)
+    x = layers.MaxPooling2D(4, strides=4, padding="same", name="largest")(x)
     x = layers.Flatten(name="flat")(x)
     x = layers.Dense(5, activation="softmax", name="classes")(x)
     return k.Model(inputs, x, name="network")
@@ -173,7 +174,7 @@ def tensorflow_2(out: Path, work: Path) -> None:
     folder = work / "frozen"
     folder.mkdir()
     (folder / "frozen.pb").write_bytes(frozen.graph.as_graph_def().SerializeToString(deterministic=True))
-    pack(folder, out / "tensorflow_frozen.zip")  # the same network: its outputs are those of keras3
+    pack(folder, out / "tensorflow_frozen.tar.xz")  # the same network: its outputs are those of keras3
 
     model, arrays = trained(keras, small_network)
     tf.saved_model.save(model, str(work / "module"))
@@ -236,7 +237,133 @@ def first_generation(out: Path, work: Path) -> None:
     folder = work / "constants"
     folder.mkdir()
     (folder / "constants.pb").write_bytes(definition.SerializeToString(deterministic=True))
-    pack(folder, out / "tensorflow_constants.zip")  # the same network: its outputs are those of saver
+    pack(folder, out / "tensorflow_constants.tar.xz")  # the same network: its outputs are those of saver
+
+
+# ---- single operations ----------------------------------------------------------------------------------------------
+
+
+def weight(*shape: int) -> tf.Tensor:
+    return tf.constant(np.random.RandomState(sum(shape)).normal(size=shape).astype("f"))
+
+
+def attention(x):
+    return tf.nn.softmax(tf.matmul(x @ weight(4, 3), x @ weight(4, 3), transpose_b=True) / 2.6) @ x
+
+
+def windows(x):
+    parts = tf.reshape(x, [tf.shape(x)[0], 2, 3, 2, 3, 4])
+    return tf.reshape(tf.transpose(parts, [0, 1, 3, 2, 4, 5]), [-1, 4, 36])
+
+
+def layer_norm(x):
+    mean, variance = tf.nn.moments(x, [2], keepdims=True)
+    return tf.nn.batch_normalization(x, mean, variance, weight(4), weight(4) + 1.0, 1e-3)
+
+
+def functions(x):
+    """Each of them smooth where it is used."""
+    a = tf.exp(x) + tf.sqrt(tf.abs(x) + 1.0) + tf.math.rsqrt(x * x + 0.5) + tf.square(x) - tf.pow(x, 2.0)
+    b = tf.maximum(x, 0.1) + tf.minimum(x, 0.2) + tf.math.log(x * x + 1.0) + tf.math.squared_difference(x, 1.0)
+    c = tf.math.reciprocal(x * x + 1.0) + tf.math.erf(x) + tf.math.erfc(x) + tf.clip_by_value(x, -0.5, 0.4)
+    return a + b + c + tf.add_n([x, x, x]) - x / 3.0 - tf.negative(x) + 1.0 - x
+
+
+def activations(x):
+    a = tf.nn.elu(x) + tf.nn.selu(x) + tf.nn.softplus(x) + tf.nn.softsign(x) + tf.nn.leaky_relu(x)
+    return a + tf.tanh(x) + tf.sigmoid(x) + tf.nn.log_softmax(x) + tf.nn.relu(x) + tf.nn.silu(x, 2.0)
+
+
+PICTURE, ROW, TOKENS = (6, 6, 4), (8,), (5, 4)
+OPERATIONS = {
+    "explicit padding": (PICTURE, lambda x: tf.nn.conv2d(x, weight(3, 3, 4, 2), 2, [[0, 0], [1, 2], [0, 1], [0, 0]])),
+    "even padding": (PICTURE, lambda x: tf.nn.conv2d(x, weight(3, 3, 4, 2), 1, [[0, 0], [1, 1], [1, 1], [0, 0]])),
+    "dilated": (PICTURE, lambda x: tf.nn.conv2d(x, weight(3, 3, 4, 2), 1, "SAME", dilations=2)),
+    "grouped": (PICTURE, lambda x: tf.nn.conv2d(x, weight(3, 3, 2, 6), 1, "VALID")),
+    "strides of two lengths": (PICTURE, lambda x: tf.nn.conv2d(x, weight(5, 5, 4, 2), [1, 2, 1, 1], "SAME")),
+    "used twice": (PICTURE, lambda x: (lambda y: tf.nn.relu(y + weight(2)) + y)(x @ weight(4, 2))),
+    "convolution of rows": (TOKENS, lambda x: tf.nn.conv1d(x, weight(4, 4, 3), 2, "SAME")),
+    "overlapping averages": (PICTURE, lambda x: tf.nn.avg_pool2d(x, [2, 3], [2, 1], "SAME")),
+    "largest valid": (PICTURE, lambda x: tf.nn.max_pool2d(x, 3, 2, "VALID")),
+    "planes": (PICTURE, lambda x: x * weight(1, 6, 6, 1) + weight(6, 4)),
+    "scaled": (PICTURE, lambda x: tf.nn.relu(tf.nn.relu(x) * weight(4) + weight(4))),
+    "norm without factor": (
+        PICTURE,
+        lambda x: tf.nn.batch_normalization(x, weight(4), weight(4) ** 2, weight(4), None, 0.1),
+    ),
+    "norm without shift": (
+        PICTURE,
+        lambda x: tf.nn.batch_normalization(x, weight(4), weight(4) ** 2, None, weight(4), 0.1),
+    ),
+    "norm of rows": (ROW, lambda x: tf.nn.batch_normalization(x, weight(8), weight(8) ** 2, weight(8), weight(8), 0.1)),
+    "layer norm": (TOKENS, layer_norm),
+    "attention": (TOKENS, attention),
+    "windows": (PICTURE, windows),
+    "product of axes": (PICTURE, lambda x: tf.tensordot(x, weight(4, 3), [[3], [0]])),
+    "turned product": (ROW, lambda x: tf.matmul(x, weight(5, 8), transpose_b=True) + weight(5)),
+    "largest of all": (
+        PICTURE,
+        lambda x: tf.reduce_max(x, [1, 2], keepdims=True) * x + tf.reduce_min(x, 3, keepdims=True),
+    ),
+    "sum of a column": (PICTURE, lambda x: tf.reduce_sum(x, 2)),
+    "turned": (PICTURE, lambda x: tf.nn.relu(tf.transpose(x, [0, 2, 1, 3]))),
+    "there and back": (PICTURE, lambda x: tf.transpose(tf.transpose(x, [0, 3, 1, 2]) * 2.0, [0, 2, 3, 1])),
+    "squeezed": ((1, 1, 4), lambda x: tf.squeeze(x, [1, 2]) * 2.0),
+    "spread": (ROW, lambda x: tf.expand_dims(tf.expand_dims(x, 1), 1) * weight(1, 2, 2, 8)),
+    "rim": (
+        PICTURE,
+        lambda x: tf.pad(tf.pad(x, [[0, 0], [1, 2], [0, 3], [0, 1]]), [[0, 0]] * 3 + [[1, 0]], constant_values=-2.0),
+    ),
+    "mirror": (PICTURE, lambda x: tf.pad(x, [[0, 0], [1, 2], [0, 3], [0, 0]], "REFLECT")),
+    "parts": (PICTURE, lambda x: (lambda a: tf.concat([a[2], a[0] * 2.0, a[1]], -1))(tf.split(x, [1, -1, 2], -1))),
+    "planes apart": (PICTURE, lambda x: (lambda a: tf.stack([a[3], a[1] + a[2]], 1))(tf.unstack(x, axis=-1))),
+    "slice": (
+        PICTURE,
+        lambda x: tf.slice(x, [0, 1, 0, 1], [-1, 3, 6, 2]) + tf.slice(x, [0] * 4, [tf.shape(x)[0], 3, 6, 2]),
+    ),
+    "steps": (PICTURE, lambda x: x[:, 1:, ::2, -1][..., tf.newaxis] + x[:, :5, tf.newaxis, 3, ..., 1:2]),
+    "half": (PICTURE, lambda x: x[:, : tf.shape(x)[1] // 2, 1:-1] * tf.cast(tf.size(x) // tf.shape(x)[0], tf.float32)),
+    "backwards": (PICTURE, lambda x: x[..., ::-1] * weight(4)),
+    "larger": (PICTURE, lambda x: tf.image.resize(x, tf.shape(x)[1:3] * 2)),
+    "odd size": (PICTURE, lambda x: tf.image.resize(x, [7, 9])),
+    "nearest": (
+        PICTURE,
+        lambda x: (
+            tf.image.resize(x, [12, 12], "nearest") + tf.image.resize(tf.image.resize(x, [7, 9], "nearest"), [12, 12])
+        ),
+    ),
+    "old sizes": (
+        PICTURE,
+        lambda x: v1.image.resize_bilinear(x, [9, 11]) + v1.image.resize_bilinear(x, [9, 11], align_corners=True),
+    ),
+    "repeated": ((1, 1, 4), lambda x: tf.tile(x, [1, 3, 2, 1]) + tf.broadcast_to(x, [tf.shape(x)[0], 3, 2, 4])),
+    "picked": (PICTURE, lambda x: tf.gather(x, [2, 0, 3], axis=-1) + tf.expand_dims(tf.gather(x, 1, axis=3), 3)),
+    "counted": (TOKENS, lambda x: x + tf.zeros([tf.shape(x)[0], 4])[:, tf.newaxis] + tf.cast(tf.range(4), tf.float32)),
+    "chosen": (TOKENS, lambda x: tf.where(tf.constant([True, False, True, True]), x, 0.5)),
+    "doubles": (ROW, lambda x: tf.cast(tf.cast(x, tf.float64) * 2.0, tf.float32)),
+    "functions": (ROW, functions),
+    "activations": (ROW, activations),
+    "gelu by error function": (ROW, lambda x: 0.5 * x * (1.0 + tf.math.erf(x / np.float32(np.sqrt(2.0))))),
+    "gelu by tangent": (ROW, lambda x: tf.nn.gelu(x, True)),
+}
+
+
+def operations(out: Path, work: Path) -> None:
+    """Each operation as a frozen graph, with an input and the output beside it."""
+    folder = work / "operations"
+    folder.mkdir()
+    random = np.random.RandomState(4)
+    for name, (shape, function) in OPERATIONS.items():
+        traced = tf.function(function, autograph=False).get_concrete_function(tf.TensorSpec((None, *shape), tf.float32))
+        frozen = convert_variables_to_constants_v2(traced)
+        x = random.normal(size=(2, *shape)).astype("f").round(2)
+        definition = frozen.graph.as_graph_def()
+        for node in definition.node:
+            node.attr.pop("_output_shapes", None)
+        (folder / f"{name}.pb").write_bytes(definition.SerializeToString(deterministic=True))
+        np.save(folder / f"{name}.in.npy", x)
+        np.save(folder / f"{name}.out.npy", traced(tf.constant(x)).numpy())
+    pack(folder, out / "tensorflow_operations.tar.xz")
 
 
 def main(out: Path) -> None:
@@ -249,6 +376,7 @@ def main(out: Path) -> None:
         tensorflow_1(out, Path(work), "empty", momentum, "", average=False)
         tensorflow_1(out, Path(work), "old", momentum, "model.ckpt", average=False, version=1)
         tensorflow_2(out, Path(work))
+        operations(out, Path(work))
 
 
 if __name__ == "__main__":

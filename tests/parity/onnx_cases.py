@@ -466,4 +466,5 @@ def whole_batches():
         u=ints(30, 1, 4),
         **w,
     )
+    case("one_sliced", c("Conv", "w"), c("Slice", "s", "e", "s"), shape=one, s=ints(0), e=ints(1), **w)
     case("one_expanded", c("Conv", "w"), c("GlobalAveragePool"), c("Expand", "s"), shape=one, s=ints(1, 4, 3, 2), **w)

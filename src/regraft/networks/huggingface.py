@@ -37,6 +37,8 @@ MODEL_TYPES = (
 )
 """The model types that are built; each has been followed and cut."""
 CLASSIFIERS = ("ForImageClassification", "ForImageClassificationWithTeacher")
+LARGEST_NUMBER = 100_000
+"""No layer of an image network is wider, none has more blocks or more classes."""
 DESCRIPTIONS = ("config.json", "preprocessor_config.json", "processor_config.json", "README.md")
 SAFE = ("model.safetensors", "model.safetensors.index.json", "model-*.safetensors")
 PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*.bin")
@@ -110,28 +112,40 @@ def licence_of(module: nn.Module) -> str | None:
 
 
 def config_of(module: nn.Module) -> dict[str, Any]:
-    """Everything but the weights that it takes to build the network again, as JSON values."""
+    """Everything but the weights that it takes to build the network again, as JSON values.
+
+    `transformers` is the version that gave the parameters their names; another one may give them others.
+    """
     network: Any = module
     values = json.loads(json.dumps(network.config.to_dict()))
     return {
+        "transformers": str(_transformers().__version__),
         "class": type(module).__name__,
         "pooler": getattr(module, "pooler", None) is not None,
         "config": {key: value for key, value in values.items() if key not in NOT_PART_OF_IT},
     }
 
 
-def create_from_config(config: Mapping[str, Any], *, seed: int = 0) -> nn.Module:
+def create_from_config(config: Mapping[str, Any], *, seed: int = 0, at_most: int | None = None) -> nn.Module:
     """The network that `config_of` described, with random weights, in evaluation mode.
 
-    Raises BackboneError for values that are not of that form and for model types that are not on the list.
+    at_most: how many numbers its state dict may hold (as many as there are in the file of
+    weights, say), so that memory is not taken on the word of a description. Raises BackboneError for values that are
+    not of that form, for model types that are not on the list, and for larger networks.
     """
-    where = "the description of the network"
+    where = "The description of the network"
     values = config.get("config")
     if not isinstance(values, dict) or not isinstance(config.get("class"), str):
         raise BackboneError(f"A network of Hugging Face is described by class and config; found {sorted(config)}.")
     kind, made = _class_and_config(_transformers(), {**values, "architectures": [config["class"]]}, where)
     if kind.__name__ != config["class"]:
         raise BackboneError(f"The class in {where} must be {kind.__name__}; found {config['class']!r}.")
+    if at_most is not None:
+        with torch.device("meta"):
+            held = _with_random_weights(kind, made, bool(config.get("pooler")), seed, where)
+        found = sum(tensor.numel() for tensor in held.state_dict().values())
+        if found > at_most:
+            raise BackboneError(f"{where} asks for {found:,} numbers; at most {at_most:,} may be in its weights.")
     return _taking_pictures(_with_random_weights(kind, made, bool(config.get("pooler")), seed, where), None)
 
 
@@ -145,6 +159,8 @@ def _class_and_config(transformers: Any, values: Mapping[str, Any], where: str) 
         raise BackboneError(f"A network must be one that transformers itself can build; {where} brings its own code.")
     if _holds(values, "quantization_config"):
         raise BackboneError(f"Weights must be plain numbers; {where} says that they are quantised: take the original.")
+    if _largest(values) > LARGEST_NUMBER:
+        raise BackboneError(f"Sizes in {where} must be at most {LARGEST_NUMBER:,}; found {_largest(values):,}.")
     if model_type not in MODEL_TYPES:
         raise BackboneError(
             f"The model type in {where} must be an image network that regraft knows; found {model_type!r}: "
@@ -169,6 +185,15 @@ def _holds(values: object, key: str) -> bool:
     if isinstance(values, Mapping):
         return key in values or any(_holds(value, key) for value in values.values())
     return isinstance(values, list) and any(_holds(value, key) for value in values)
+
+
+def _largest(values: object) -> int:
+    """The largest whole number anywhere in JSON values."""
+    if isinstance(values, Mapping):
+        values = list(values.values())
+    if isinstance(values, list):
+        return max(map(_largest, values), default=0)
+    return values if isinstance(values, int) else 0
 
 
 def _with_random_weights(kind: Any, config: Any, pooler: bool, seed: int, where: str) -> nn.Module:

@@ -36,6 +36,8 @@ from regraft.readers.keras_weights import (
     root_of_names,
 )
 
+LONGEST = 400
+"""Characters of a reason; names in a file may be of any length."""
 CONFIG, METADATA, WEIGHTS = "config.json", "metadata.json", "model.weights.h5"
 
 
@@ -128,7 +130,8 @@ def _whole(
         weights = find(model)
         operations, tensors, shape = network(model, weights, version=version, turned=turned)
     except ReaderError as e:
-        raise ReaderError(f"{printable(str(path))} cannot be rebuilt: {printable(str(e).rstrip('.'))}.") from e
+        reason = printable(str(e).rstrip("."))[:LONGEST]
+        raise ReaderError(f"{printable(str(path))} cannot be rebuilt: {reason}.") from e
     used = {id(array) for of_layer in weights.values() for array in of_layer.values()}
     over = (*tree.skipped, *(name for name, array in tree.arrays.items() if id(array) not in used))
     return Checkpoint(str(path), form, tensors, "torch", over, operations, shape)

@@ -25,6 +25,7 @@ CODE = ("Lambda", "TFOpLambda", "SlicingOpLambda", "ClassMethod", "InstanceMetho
 OF_PICTURES = ("Rand", "AugMix", "CutMix", "MixUp", "Resizing")
 """How the layers begin that Keras 3 calls with training=True by default; only in training does that have effect."""
 DEEPEST = 20
+LONGEST = 500
 
 
 @dataclass(frozen=True)
@@ -278,8 +279,8 @@ def _distinct(layers: Sequence[Layer]) -> None:
 
 
 def _name(value: Any, kind: str) -> str:
-    if not isinstance(value, str) or not value:
-        raise ReaderError(f"every layer must have a name; a {kind} has none")
+    if not isinstance(value, str) or not 0 < len(value) <= LONGEST:
+        raise ReaderError(f"every layer must have a name of at most {LONGEST} characters; a {kind} has none")
     return value
 
 

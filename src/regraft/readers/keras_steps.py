@@ -9,6 +9,7 @@ Knows operations, not layers of Keras.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -168,7 +169,7 @@ class Use:
         found = unwrapped(self.config.get(key))
         if found is None:
             return default
-        if isinstance(found, bool) or not isinstance(found, int | float):
+        if isinstance(found, bool) or not isinstance(found, int | float) or not math.isfinite(found):
             raise self.refused(f"must have a number as {key}; found {found!r:.60}")
         return float(found)
 

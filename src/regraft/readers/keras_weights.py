@@ -10,6 +10,7 @@ Knows names and order, not what a layer computes. Not covered: files of weights 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -99,10 +100,12 @@ def numbered_weights(tree: Tree, model: Model) -> dict[Path, dict[str, Array]]:
 
     Raises ReaderError where their number is not that of the layer, or a group says it is another layer's.
     """
-    return dict(_numbered(tree, model, "", ()))
+    return dict(_numbered(tree, _counts(tree), model, "", ()))
 
 
-def _numbered(tree: Tree, model: Model, group: str, path: Path) -> Iterator[tuple[Path, dict[str, Array]]]:
+def _numbered(
+    tree: Tree, counts: Counter[str], model: Model, group: str, path: Path
+) -> Iterator[tuple[Path, dict[str, Array]]]:
     listed = next((_below(group, own) for own in LISTS if _below(group, own) in tree.groups), _below(group, LISTS[0]))
     count: dict[str, int] = {}
     for layer in _layers(model):
@@ -116,12 +119,11 @@ def _numbered(tree: Tree, model: Model, group: str, path: Path) -> Iterator[tupl
         if said not in (None, layer.name):
             raise ReaderError(f"the weights of layer {layer.name!r} must lie at {place}; those of {said!r} do")
         if layer.model:
-            yield from _numbered(tree, layer.model, place, (*path, layer.name))
+            yield from _numbered(tree, counts, layer.model, place, (*path, layer.name))
             continue
-        stored = [name for name in tree.arrays if name.startswith(f"{place}/vars/")]
-        wanted = roles(layer)
-        if len(stored) != len(wanted):
-            raise ReaderError(f"layer {layer.name!r} must have {len(wanted)} weights; the file has {len(stored)}")
+        stored, wanted = counts[f"{place}/vars"], roles(layer)
+        if stored != len(wanted):
+            raise ReaderError(f"layer {layer.name!r} must have {len(wanted)} weights; the file has {stored}")
         arrays = {role.names[0]: _array(tree, f"{place}/vars/{i}") for i, role in enumerate(wanted)}
         yield (*path, layer.name), arrays
 
@@ -158,8 +160,8 @@ def readable_names(tree: Tree, root: str | None) -> dict[str, str]:
     root: the group that lists its layers, None for a file that numbers them.
     """
     pairs = list(_names_of_named(tree, root) if root is not None else _names_of_numbered(tree))
-    given = [name for _, name in pairs]
-    return {place: name if given.count(name) == 1 else place for place, name in pairs}
+    given = Counter(name for _, name in pairs)
+    return {place: name if given[name] == 1 else place for place, name in pairs}
 
 
 def _names_of_named(tree: Tree, root: str) -> Iterator[tuple[str, str]]:
@@ -175,6 +177,7 @@ def _names_of_named(tree: Tree, root: str) -> Iterator[tuple[str, str]]:
 
 
 def _names_of_numbered(tree: Tree) -> Iterator[tuple[str, str]]:
+    counts = _counts(tree)
     for place in tree.arrays:
         group, _, last = place.rpartition("/")
         parts, shown = group.split("/"), []
@@ -183,14 +186,18 @@ def _names_of_numbered(tree: Tree) -> Iterator[tuple[str, str]]:
                 continue
             said = tree.text("/".join((*parts[: i + 1], "vars")), "name")
             shown.append(said if said and i and parts[i - 1] in LISTS else part)
-        yield place, "/".join((*shown, _role_of(tree, group, last)))
+        yield place, "/".join((*shown, _role_of(group, last, counts[group])))
 
 
-def _role_of(tree: Tree, group: str, number: str) -> str:
-    """The role of the array `number` of a layer: from its class, if that and the count tell."""
+def _counts(tree: Tree) -> Counter[str]:
+    """How many arrays lie in each group."""
+    return Counter(name.rpartition("/")[0] for name in tree.arrays)
+
+
+def _role_of(group: str, number: str, there: int) -> str:
+    """The role of the array `number` of `there` of a layer: from its class, if that and the count tell."""
     own = re.sub(r"_\d+$", "", group.rpartition("/vars")[0].rpartition("/")[2])
     known = ROLES_BY_CLASS.get(own, ())
-    there = sum(name.startswith(f"{group}/") for name in tree.arrays)
     if own == "batch_normalization" and there == 2:
         known = known[2:]
     whole = there == len(known) or (known[-1:] == ("bias",) and there == len(known) - 1)

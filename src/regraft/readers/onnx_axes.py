@@ -192,6 +192,8 @@ def _concat(writer: Writer, node: Node) -> Live:
     lives = [v for v in node.inputs if isinstance(v, Live)]
     order = common_order(lives)
     axis = int(node.attributes.get("axis", 1))
+    if lives[0].pictures(axis):
+        raise ValueError("it goes over the pictures of the batch")
     lead = writer.arranged(lives[0], order)
     parts = []
     for value in node.inputs:
@@ -221,7 +223,12 @@ def _slice(writer: Writer, node: Node) -> Live:
 
 
 def _piece(writer: Writer, node: Node, x: Live, axis: int, start: int, end: int, step: int) -> Live:
-    """x[start:end:step] along an axis; backwards only where its length is known."""
+    """x[start:end:step] along an axis; backwards only where its length is known, and never a part of the batch."""
+    if x.pictures(axis):
+        count = range(node.fixed or _FAR)
+        if count[slice(start, min(end, _FAR), step)] != count:
+            raise ValueError("it takes a part of the batch")
+        return x
     if len({shape[axis] for shape in x.shapes}) > 1:
         if step < 1 or start < 0:
             raise ValueError("a slice that runs backwards over a length that varies")
@@ -296,6 +303,8 @@ def _reduced(writer: Writer, node: Node, x: Live, kind: str) -> Live:
     if not axes and node.attributes.get("noop_with_empty_axes"):
         return x
     gone = sorted(range(x.rank)[axis] for axis in (axes or range(x.rank)))
+    if any(x.pictures(axis) for axis in gone):
+        raise ValueError("it goes over the pictures of the batch")
     keep = bool(node.attributes.get("keepdims", 1))
     options = {"dim": sorted(x.stored(a) for a in gone), "keepdim": keep}
     return writer.emit(node.name, kind, [x], options, x.order if keep else _without(x, gone))

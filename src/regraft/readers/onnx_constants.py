@@ -125,6 +125,7 @@ _POINTWISE: dict[str, Callable[..., Any]] = {
     "Sin": np.sin,
     "Sqrt": np.sqrt,
     "Sub": np.subtract,
+    "Sum": lambda *a: sum(a[1:], a[0]),
     "Tanh": np.tanh,
     "Where": np.where,
 }
@@ -140,6 +141,7 @@ def _cast(attributes: Attributes, inputs: Sequence[Any], opset: int, allowed: Al
 
 
 def _concat(attributes: Attributes, inputs: Sequence[Any], opset: int, allowed: Allowance) -> Array:
+    allowed.spend(sum(a.nbytes for a in inputs))
     return np.concatenate(list(inputs), int(attributes.get("axis", 1)))
 
 
@@ -300,4 +302,4 @@ _MOVES: dict[str, Callable[[Attributes, Sequence[Any], int, Allowance], Array | 
     "Transpose": _transpose,
     "Unsqueeze": _unsqueeze,
 }
-_SPENDING = {"ConstantOfShape", "Expand", "Gather", "MatMul", "Range", "Tile"}
+_SPENDING = {"Concat", "ConstantOfShape", "Expand", "Gather", "MatMul", "Range", "Tile"}

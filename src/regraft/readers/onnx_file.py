@@ -94,7 +94,7 @@ def _bytes(path: Path, allowed: Allowance) -> bytes:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except OSError as e:
         raise ReaderError(f"{path} must be a file that can be read: {e.strerror}.") from e
-    with os.fdopen(descriptor, "rb") as file:
+    try:
         seen = os.fstat(descriptor)
         if not stat.S_ISREG(seen.st_mode):
             raise ReaderError(f"{path} must be a plain file; it is a folder or device.")
@@ -104,7 +104,10 @@ def _bytes(path: Path, allowed: Allowance) -> bytes:
                 "weights in a file beside it."
             )
         allowed.grant(seen)
-        return file.read(seen.st_size)
+        with os.fdopen(os.dup(descriptor), "rb") as file:
+            return file.read(seen.st_size)
+    finally:
+        os.close(descriptor)
 
 
 def _opset(model: Any, path: Path) -> int:

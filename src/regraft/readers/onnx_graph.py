@@ -21,6 +21,7 @@ import torch
 from regraft.errors import ReaderError
 from regraft.operations import INPUT, Operations
 from regraft.printable import printable
+from regraft.readers.onnx_activations import ACTIVATION_STEPS
 from regraft.readers.onnx_arithmetic import ARITHMETIC_STEPS
 from regraft.readers.onnx_axes import AXIS_STEPS
 from regraft.readers.onnx_constants import Array, fold
@@ -30,7 +31,13 @@ from regraft.readers.onnx_resize import RESIZE_STEPS
 from regraft.readers.onnx_steps import Known, Live, Node, Value, Writer, known, safe_name
 from regraft.readers.onnx_tensors import Allowance, read_tensor
 
-STEPS: dict[str, Callable[[Writer, Node], Any]] = {**LAYER_STEPS, **ARITHMETIC_STEPS, **AXIS_STEPS, **RESIZE_STEPS}
+STEPS: dict[str, Callable[[Writer, Node], Any]] = {
+    **LAYER_STEPS,
+    **ACTIVATION_STEPS,
+    **ARITHMETIC_STEPS,
+    **AXIS_STEPS,
+    **RESIZE_STEPS,
+}
 _DOMAINS = ("", "ai.onnx")
 _LEARN = {"ZipMap": "Identity", "Scaler": "Scaler"}
 """Of scikit-learn's operators: probabilities by class, which stay a row of numbers, and the scaling of inputs."""

@@ -1,4 +1,4 @@
-"""The layers of ONNX as steps: convolutions, dense layers, normalisations, pooling, activations.
+"""The layers of ONNX as steps: convolutions, dense layers, normalisations, pooling.
 
 Each function takes the writer and one step of the graph and writes what stands for it; what torch has no like of is
 refused with a ValueError that says why, which the reader makes a sentence of.
@@ -280,7 +280,7 @@ def _matmul(writer: Writer, node: Node) -> Live:
         return writer.emit(node.name, "matmul", [writer.plain(left), other], order=_ranks(left, other))
     live, weight = node.live(1), node.given(0)
     other = writer.constant(node.name, weight, live, source=_source(node, 0), trained=bool(_source(node, 0)))
-    return writer.emit(node.name, "matmul", [other, writer.plain(live)], order=_ranks(live, other))
+    return writer.emit(node.name, "matmul", [other, writer.plain(live)], order=_ranks(other, live))
 
 
 def _linear(writer: Writer, node: Node, x: Live, weight: Array, bias: Array | None) -> Live:
@@ -290,8 +290,11 @@ def _linear(writer: Writer, node: Node, x: Live, weight: Array, bias: Array | No
 
 
 def _ranks(a: Live, b: Live) -> range:
+    """The axes of a product."""
     if min(a.rank, b.rank) < 2:
         raise ValueError("a product with a vector")
+    if any(value.pictures(axis) for value, axis in ((a, -1), (b, -2))):
+        raise ValueError("it goes over the pictures of the batch")
     return range(max(a.rank, b.rank))
 
 
@@ -376,98 +379,19 @@ def _local_norm(writer: Writer, node: Node) -> Live:
     return writer.emit(node.name, "local_response_norm", [writer.plain(node.live())], {"size": size, **numbers})
 
 
-# ---- activations ------------------------------------------------------------------------------------------------
-
-
-def _prelu(writer: Writer, node: Node) -> Live:
-    """Slopes for all, or one for each place on one axis, which must stand second for torch."""
-    x, slope = node.live(), node.given(1)
-    lengths = [1] * (x.rank - slope.ndim) + list(slope.shape)
-    long = [axis for axis, length in enumerate(lengths) if length != 1]
-    if len(long) > 1 or long == [0] or len(lengths) > x.rank:
-        raise ValueError(f"slopes of shape {list(slope.shape)}")
-    if long and x.stored(long[0]) != 1:
-        axes = [0, long[0], *(a for a in range(1, x.rank) if a != long[0])]
-        x = writer.arranged(x, [axes.index(a) for a in range(x.rank)])
-    return writer.emit(node.owner(1), "PReLU", [x], {"num_parameters": int(slope.size)}, weight=slope.reshape(-1))
-
-
-def _hard_sigmoid(writer: Writer, node: Node) -> Live:
-    alpha, beta = node.number("alpha", 0.2), node.number("beta", 0.5)
-    x = node.live()
-    if abs(alpha - 1 / 6) < 1e-6 and beta == 0.5:
-        return writer.emit(node.name, "Hardsigmoid", [x])
-    for number, kind in ((alpha, "mul"), (beta, "add")):
-        value = writer.constant(f"{node.name}_{kind}", np.array(number, np.float32), x)
-        x = writer.emit(f"{node.name}_{kind}", kind, [x, value])
-    return writer.emit(node.name, "clamp", [x], {"min": 0.0, "max": 1.0})
-
-
-def _selu(writer: Writer, node: Node) -> Live:
-    known = (1.6732632423543772, 1.0507009873554805)
-    found = (node.number("alpha", known[0]), node.number("gamma", known[1]))
-    if max(abs(a - b) for a, b in zip(known, found, strict=True)) > 1e-5:
-        raise ValueError(f"a Selu of {found}")
-    return writer.emit(node.name, "SELU", [node.live()])
-
-
-def _gelu(writer: Writer, node: Node) -> Live:
-    return writer.emit(node.name, "GELU", [node.live()], {"approximate": node.attributes.get("approximate", "none")})
-
-
-def _swish(writer: Writer, node: Node) -> Live:
-    if node.number("alpha", 1.0) != 1:
-        raise ValueError("a Swish with a factor")
-    return writer.emit(node.name, "SiLU", [node.live()])
-
-
-def _softmax(writer: Writer, node: Node) -> Live:
-    """Over one axis; before version 13 of the operators, over all axes from there on, of which one may be long."""
-    x = node.live()
-    axis = int(node.attributes.get("axis", -1 if node.opset >= 13 else 1)) % x.rank
-    if node.opset < 13 and any(size != 1 for shape in x.shapes for size in shape[axis + 1 :]):
-        raise ValueError(f"a {node.op} over several axes at once")
-    return writer.emit(node.name, node.op, [x], {"dim": x.stored(axis)})
-
-
-def _activation(kind: str, **options: tuple[str, float]) -> Callable[[Writer, Node], Live]:
-    """An activation of torch; options: of each of its arguments, the attribute of ONNX and its default."""
-
-    def written(writer: Writer, node: Node) -> Live:
-        given = {own: node.number(theirs, default) for own, (theirs, default) in options.items()}
-        return writer.emit(node.name, kind, [node.live()], given)
-
-    return written
-
-
 LAYER_STEPS: dict[str, Callable[[Writer, Node], Live]] = {
     "AveragePool": _average_pool,
     "BatchNormalization": _batch_norm,
     "Conv": _convolution,
     "ConvTranspose": _transposed,
-    "Elu": _activation("ELU", alpha=("alpha", 1.0)),
-    "Gelu": _gelu,
     "Gemm": _gemm,
     "GlobalAveragePool": _global_average,
     "GlobalMaxPool": _global_max,
     "GroupNormalization": _group_norm,
-    "HardSigmoid": _hard_sigmoid,
-    "HardSwish": _activation("Hardswish"),
     "InstanceNormalization": _instance_norm,
     "LRN": _local_norm,
     "LayerNormalization": _layer_norm,
-    "LeakyRelu": _activation("LeakyReLU", negative_slope=("alpha", 0.01)),
-    "LogSoftmax": _softmax,
     "MatMul": _matmul,
     "MaxPool": _max_pool,
-    "Mish": _activation("Mish"),
-    "PRelu": _prelu,
-    "Relu": _activation("ReLU"),
-    "Selu": _selu,
-    "Sigmoid": _activation("Sigmoid"),
-    "Softmax": _softmax,
-    "Softplus": _activation("Softplus"),
-    "Swish": _swish,
-    "Tanh": _activation("Tanh"),
 }
 """What each layer of ONNX is written as; at least its first input depends on the picture."""

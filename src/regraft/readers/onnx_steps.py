@@ -87,6 +87,11 @@ class Live:
         """Where the step has an axis of the graph's tensor."""
         return self.order[range(self.rank)[axis]]
 
+    def pictures(self, axis: int) -> bool:
+        """Whether the pictures of a batch lie along an axis."""
+        first, second = self.shapes[:2]
+        return first[axis] != second[axis]
+
     def size(self, axis: int) -> int:
         """The length of an axis; ValueError where it varies."""
         sizes = {shape[axis] for shape in self.shapes}

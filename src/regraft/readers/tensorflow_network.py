@@ -79,7 +79,7 @@ def write_network(source: Source) -> tuple[Operations, dict[str, torch.Tensor], 
     Raises ReaderError naming the step that cannot be followed.
     """
     graph, writer = source.graph, Writer(source.allowed)
-    fixed = source.shape[0]
+    fixed = source.shape[0] if source.shape else None
     reading = _Reading(source, Setting(writer, source.allowed, BATCHES, fixed))
     try:
         order = list(graph.in_order(source.output, LEAVES))

@@ -14,17 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from regraft.readers.onnx_arithmetic import ARITHMETIC_STEPS
-from regraft.readers.onnx_axes import AXIS_STEPS
 from regraft.readers.onnx_constants import fold, integers
-from regraft.readers.onnx_layers import LAYER_STEPS
-from regraft.readers.onnx_resize import RESIZE_STEPS
+from regraft.readers.onnx_graph import STEPS
 from regraft.readers.onnx_steps import Known, Live, Node, Value, Writer, known
 from regraft.readers.onnx_tensors import Allowance
 from regraft.readers.tensorflow_tensors import Array
 
 OPSET = 18
-WRITTEN = {**LAYER_STEPS, **ARITHMETIC_STEPS, **AXIS_STEPS, **RESIZE_STEPS}
 MOVED = ("Reshape", "Squeeze", "Transpose", "Unsqueeze")
 """A weight that was only moved is still that weight."""
 
@@ -60,13 +56,11 @@ class Step:
             first = inputs[0] if inputs and op in MOVED else None
             name = first.name if isinstance(first, Known) else ""
             return known(found * (len(self.setting.batches) if len(found) == 1 else 1), name)
-        if op not in WRITTEN:
+        if op not in STEPS:
             raise ValueError("it depends on the picture")
         values = tuple(inputs)
         batches, fixed = self.setting.batches, self.setting.fixed
-        result = WRITTEN[op](
-            self.setting.writer, Node(self.name, op, OPSET, attributes, values, (True,), batches, fixed)
-        )
+        result = STEPS[op](self.setting.writer, Node(self.name, op, OPSET, attributes, values, (True,), batches, fixed))
         first = result[0] if isinstance(result, list) else result
         if first is None:
             raise ValueError("it has no output")
