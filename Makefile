@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP_FLAGS ?= -q --disable-pip-version-check
 
-.PHONY: setup demo test test-slow check clean
+.PHONY: setup demo test test-slow parity check clean
 
 setup: .venv/.stamp
 
@@ -23,6 +23,24 @@ test: setup
 test-slow: setup
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m slow
 
+# Writes the fixtures of the readers again with the real frameworks, each in an environment of its own, and compares.
+.parity/%/.stamp: tests/parity/%.txt
+	$(PYTHON) -m venv .parity/$*
+	.parity/$*/bin/pip install $(PIP_FLAGS) -r $<
+	touch $@
+
+parity: setup .parity/keras2/.stamp .parity/tensorflow/.stamp .parity/onnx/.stamp .parity/flax/.stamp
+	.parity/keras2/bin/python tests/parity/make_keras.py
+	KERAS_BACKEND=tensorflow .parity/tensorflow/bin/python tests/parity/make_keras.py
+	KERAS_BACKEND=jax .parity/tensorflow/bin/python tests/parity/make_keras.py channels_first
+	.parity/tensorflow/bin/python tests/parity/make_tensorflow.py tests/parity/files
+	.parity/tensorflow/bin/python tests/parity/make_onnx.py tensorflow
+	.parity/onnx/bin/python tests/parity/make_onnx.py operators
+	.parity/onnx/bin/python tests/parity/make_onnx.py torch
+	.parity/onnx/bin/python tests/parity/make_onnx.py sklearn
+	.parity/flax/bin/python tests/parity/make_arrays.py
+	$(BIN)/python -m pytest -n 2 tests/test_reader_*.py tests/test_sources.py
+
 check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -30,4 +48,4 @@ check: setup
 	$(BIN)/lint-imports
 
 clean:
-	rm -rf .venv demo-data demo-run .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv .parity demo-data demo-run .mypy_cache .ruff_cache .pytest_cache

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-import zipfile
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -40,8 +40,8 @@ def broken():
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
     """A folder with a TensorFlow 1 checkpoint (Adam's slots beside the weights), a module of networks, and pictures."""
-    with zipfile.ZipFile(FILES / "tensorflow_adam.zip") as archive:
-        archive.extractall(tmp_path)
+    with tarfile.open(FILES / "tensorflow_adam.tar.xz") as archive:
+        archive.extractall(tmp_path, filter="data")
     (tmp_path / "nets.py").write_text(NETWORKS)
     rng = np.random.default_rng(0)
     for split, each in (("train", 12), ("test", 4)):
