@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -15,8 +16,11 @@ import torch
 from PIL import Image
 
 from conftest import SOURCES
+from regraft.artifact import assemble, load_model, save_model
 from regraft.backbone import load_backbone
 from regraft.errors import BackboneError, ReaderError
+from regraft.heads import Head, View
+from regraft.numerics import pick_numerics
 
 FILES = Path(__file__).parent / "parity" / "files"
 NETWORKS = """
@@ -126,3 +130,24 @@ def test_names_take_no_options_of_files() -> None:
         load_backbone("missing.onnx")
     with pytest.raises(BackboneError, match="makes a network without weights"):
         load_backbone("nets:mlp")
+
+
+def test_a_model_on_a_folder_of_hugging_face_predicts_when_the_folder_is_gone(place: Path) -> None:
+    import transformers
+
+    folder = place / "vit"
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    config = transformers.ViTConfig(**sizes, image_size=32, patch_size=8)
+    transformers.ViTForImageClassification(config).save_pretrained(folder)
+    processor = {"size": 32, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    backbone = load_backbone(str(folder))
+    view = View("vit.layers.0", 2, 16, whole=False)
+    torch.manual_seed(0)
+    head = Head((view,), torch.randn(3, 16), torch.zeros(3))
+    model = assemble(backbone, head, "abc", pick_numerics("cpu"))
+    (place / "run").mkdir()
+    save_model(model, backbone, place / "run", {})
+    shutil.rmtree(folder)
+    pictures = sorted((place / "data" / "test" / "a").iterdir())
+    assert load_model(place / "run").predict(pictures) == model.predict(pictures)

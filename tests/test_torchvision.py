@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from regraft.backbone import load_backbone, rebuild
 from regraft.errors import BackboneError
 from regraft.graph import Trace, trace
 from regraft.networks.torchvision_networks import create, licence_of, preprocess_of
@@ -115,6 +116,15 @@ def test_weights_in_the_cache_are_loaded_without_asking_the_network(unreachable:
     assert all(
         torch.equal(a, b) for a, b in zip(donor.state_dict().values(), loaded.state_dict().values(), strict=True)
     )
+
+
+def test_a_network_in_the_cache_becomes_a_backbone_with_what_torchvision_states(unreachable: Path) -> None:
+    stored(unreachable, "resnet18-f37072fd.pth", create("torchvision/resnet18", pretrained=False, seed=7))
+    found = load_backbone("torchvision/resnet18")
+    assert (found.preprocess.size, found.preprocess.resize_to) == ((224, 224), (256, 256))
+    assert found.source.pretrained
+    again = rebuild(found.source, found.preprocess)
+    assert again.module.state_dict().keys() == found.module.state_dict().keys()
 
 
 def test_weights_with_auxiliary_classifiers_fit_the_network_without(unreachable: Path) -> None:

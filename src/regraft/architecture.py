@@ -14,8 +14,10 @@ import importlib
 import math
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -30,12 +32,16 @@ SIZES = (224, 28, 32, 64, 96, 128, 48, 40, 56, 72, 80, 100, 112, 150, 160, 192, 
 
 @dataclass(frozen=True)
 class Architecture:
-    """A module in evaluation mode, how pictures become its input (None: not stated), and the licence of its weights."""
+    """A module in evaluation mode, how pictures become its input (None: not stated), and the licence of its weights.
+
+    config: JSON values that the module is built from again, where its name stands for files that may be gone.
+    """
 
     name: str
     module: nn.Module
     preprocess: PreprocessSpec | None
     licence: str | None = None
+    config: Mapping[str, Any] | None = None
 
 
 def architecture(name: str, *, pretrained: bool, seed: int = 0) -> Architecture:
@@ -48,12 +54,35 @@ def architecture(name: str, *, pretrained: bool, seed: int = 0) -> Architecture:
     package, own = "timm_networks", name
     if name.startswith("torchvision/"):
         package, own = "torchvision_networks", name.removeprefix("torchvision/")
-    elif name.startswith("hf/") or (Path(name) / "config.json").exists():
+    elif name.startswith("hf/") or is_network_folder(name):
         package, own = "huggingface", name.removeprefix("hf/")
     library = importlib.import_module(f"regraft.networks.{package}")
     module = library.create(own, pretrained=pretrained, seed=seed)
-    licence = library.licence_of(module, own) if pretrained else None
-    return Architecture(name, module, library.preprocess_of(module), licence)
+    licence = library.licence_of(module) if pretrained else None
+    config = library.config_of(module) if package == "huggingface" else None
+    return Architecture(name, module, library.preprocess_of(module), licence, config)
+
+
+def from_config(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> nn.Module:
+    """The module that `Architecture.config` describes, with all its tensors.
+
+    Raises BackboneError where it cannot be built, or not of these tensors.
+    """
+    library = importlib.import_module("regraft.networks.huggingface")
+    module: nn.Module = library.create_from_config(config, at_most=sum(t.numel() for t in tensors.values()))
+    try:
+        module.load_state_dict(tensors)
+    except RuntimeError as e:
+        raise BackboneError(
+            f"The weights must have the names that transformers gives them; version {config.get('transformers')}, "
+            f"which saved them, gave others than the one here: install transformers=={config.get('transformers')}."
+        ) from e
+    return module
+
+
+def is_network_folder(name: str) -> bool:
+    """Whether this is the path of a folder that describes a network of Hugging Face."""
+    return (Path(name) / "config.json").exists()
 
 
 def is_user_function(name: str) -> bool:

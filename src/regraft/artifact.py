@@ -174,7 +174,8 @@ def save_model(model: TransferModel, backbone: Backbone, folder: Path, facts: di
     tensors = {"head.weight": model.head.weight, "head.bias": model.head.bias}
     if model.frozen is not None:
         # A network that is described beside its weights is built from them alone, so they are kept whole.
-        lower = backbone.module if backbone.operations else lower_at(backbone.trace, list(model.head.cuts))
+        described = backbone.operations or backbone.config
+        lower = backbone.module if described else lower_at(backbone.trace, list(model.head.cuts))
         tensors |= {f"lower.{name}": tensor for name, tensor in lower.state_dict().items()}
     data = safetensors.torch.save({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()})
     (folder / MANIFEST_FILE).unlink(missing_ok=True)
@@ -188,6 +189,7 @@ def save_model(model: TransferModel, backbone: Backbone, folder: Path, facts: di
         "preprocess": model.preprocess.to_json(),
         "backbone": model.source.to_json() if model.source else None,
         "operations": backbone.operations.to_json() if model.source and backbone.operations else None,
+        "config": backbone.config if model.source else None,
         "licence": model.source.licence if model.source else None,
         "numerics": model.numerics.to_json(),
         "facts": facts,
@@ -219,11 +221,12 @@ def load_model(
         source = Source(**manifest["backbone"])
         told = manifest.get("operations")
         operations = operations_from_json(told) if told else None
+        config = manifest.get("config")
     except (KeyError, TypeError, safetensors.SafetensorError) as e:
         raise ArtifactError(f"{place / MANIFEST_FILE} must describe a regraft model of format {FORMAT}: {e!r}.") from e
     tensors = {name.removeprefix("lower."): tensor for name, tensor in tensors.items()}
-    if operations:
-        network = rebuild(source, spec, operations, tensors)
+    if operations or config:
+        network = rebuild(source, spec, operations=operations, config=config, tensors=tensors)
     else:
         network = _rebuilt(source, spec, backbone)
         _load_lower(network, head, tensors, place)

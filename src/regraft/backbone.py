@@ -10,7 +10,14 @@ from typing import Any, TypedDict
 import torch
 from torch import nn
 
-from regraft.architecture import architecture, is_user_function, stated_or_plain, with_pictures
+from regraft.architecture import (
+    architecture,
+    from_config,
+    is_network_folder,
+    is_user_function,
+    stated_or_plain,
+    with_pictures,
+)
 from regraft.cut import lower_at, split
 from regraft.described import as_operations
 from regraft.errors import BackboneError, ReaderError
@@ -63,7 +70,8 @@ class Backbone:
     """A network in evaluation mode with the places where it can be cut.
 
     module: regraft's own copy; trace: its graph and cuts; preprocess: how pictures become its input.
-    operations: the network as a file describes it; coverage: what was loaded from a file of weights, where one was.
+    operations: the network as a file describes it, or config: as its library does; a saved model carries either.
+    coverage: what was loaded from a file of weights, where one was.
     """
 
     module: nn.Module
@@ -71,6 +79,7 @@ class Backbone:
     preprocess: PreprocessSpec
     source: Source
     operations: Operations | None = field(default=None, repr=False)
+    config: Mapping[str, Any] | None = field(default=None, repr=False)
     coverage: Coverage | None = field(default=None, repr=False)
     cuts: tuple[Cut, ...] = ()
     """All cuts in order of depth, none above a layer that was not loaded."""
@@ -105,9 +114,9 @@ def load_backbone(
     """The backbone that `spec` names, with its weights and the preprocessing it was trained with.
 
     spec: `default` (EfficientNet-Lite0, ImageNet, no download), `scratch` (the same network with random weights drawn
-        from `seed`), a timm name (`resnet50.a1_in1k`), `torchvision/NAME`, `hf/ORG/NAME`, a file of any framework (see
-        `read_checkpoint`), or any `nn.Module` together with `example`, a batch of the input it takes, (n, channels,
-        height, width). The module is copied: the caller's stays as it is.
+        from `seed`), a timm name (`resnet50.a1_in1k`), `torchvision/NAME`, `hf/ORG/NAME` or a local folder of that
+        layout, a file of any framework (see `read_checkpoint`), or any `nn.Module` together with `example`, a batch of
+        the input it takes, (n, channels, height, width). The module is copied: the caller's stays as it is.
     preprocess: instead of what the network states; networks that state nothing get their input stretched to their
         size with values in [0, 1].
     arch: the network that a file of weights belongs to: a name as above or `package.module:function`.
@@ -120,7 +129,7 @@ def load_backbone(
         return spec
     if isinstance(spec, nn.Module):
         return _from_module(spec, example, preprocess)
-    if spec not in ("default", SCRATCH) and (arch or is_file_spec(spec)):
+    if spec not in ("default", SCRATCH) and (arch or is_file_spec(spec)) and not is_network_folder(spec):
         options = {"match": match, "rename": rename, "layout": layout, "adapt": adapt, "min_coverage": min_coverage}
         return _from_file(spec, arch, preprocess, seed, options)
     if arch or match or rename or layout or adapt:
@@ -133,7 +142,8 @@ def load_backbone(
     stated = preprocess or made.preprocess
     if stated is None:
         raise BackboneError(f"A network by name must state its preprocessing; {name} does not: give preprocess=.")
-    return _assemble(made.module, _blank(stated), stated, Source(spec, name, "", pretrained, made.licence))
+    source = Source(spec, name, "", pretrained, made.licence)
+    return _assemble(made.module, _blank(stated), stated, source, config=made.config)
 
 
 def cut_at(backbone: Backbone, name: str) -> tuple[nn.Module, nn.Module]:
@@ -150,12 +160,14 @@ def cut_at(backbone: Backbone, name: str) -> tuple[nn.Module, nn.Module]:
 def rebuild(
     source: Source,
     preprocess: PreprocessSpec,
+    *,
     operations: Operations | None = None,
+    config: Mapping[str, Any] | None = None,
     tensors: Mapping[str, torch.Tensor] | None = None,
 ) -> Backbone:
     """The network of a saved model with random weights, for its own to be loaded into.
 
-    operations, tensors: of a network that the model describes itself, which then holds all its weights.
+    operations or config, tensors: of a network that the model describes itself, which then holds all its weights.
     Raises BackboneError for a module that was given in Python: only its owner can build it again.
     """
     if source.architecture == CUSTOM:
@@ -164,6 +176,8 @@ def rebuild(
         )
     if operations:
         module: nn.Module = build(operations, tensors)
+    elif config:
+        module = from_config(config, tensors or {})
     elif is_user_function(source.architecture):
         raise BackboneError(
             f"This model was fitted on {source.architecture}, code that a saved model may not start by itself: load it "
@@ -171,7 +185,7 @@ def rebuild(
         )
     else:
         module = architecture(source.architecture, pretrained=False).module
-    return _assemble(module, _blank(preprocess), preprocess, source, operations)
+    return _assemble(module, _blank(preprocess), preprocess, source, operations, config=config)
 
 
 def weights_digest(module: nn.Module, code: str) -> str:
@@ -247,7 +261,7 @@ def _from_weights(
     said = as_operations(trace(module, _blank(final)), _blank(final)) if is_user_function(arch) else None
     operations = said.operations if said else None
     source = Source(spec, arch, "", True, None)
-    return _assemble(said or module, _blank(final), final, source, operations, coverage=coverage)
+    return _assemble(said or module, _blank(final), final, source, operations, config=made.config, coverage=coverage)
 
 
 def _assemble(
@@ -257,13 +271,14 @@ def _assemble(
     source: Source,
     operations: Operations | None = None,
     *,
+    config: Mapping[str, Any] | None = None,
     coverage: Coverage | None = None,
 ) -> Backbone:
     traced = trace(module, example)
     weights = weights_digest(module, f"{traced.graph.python_code('self').src}\n{module}")
     cuts = _reusable(traced, coverage.fresh) if coverage else traced.cuts
     named = replace(source, weights=source.weights or weights)
-    return Backbone(module, traced, preprocess, named, operations, coverage, cuts)
+    return Backbone(module, traced, preprocess, named, operations, config, coverage, cuts)
 
 
 def _reusable(traced: Trace, fresh: frozenset[str]) -> tuple[Cut, ...]:

@@ -39,6 +39,8 @@ def create(name: str, *, pretrained: bool, seed: int = 0) -> nn.Module:
         ) from e
     if pretrained and not downloaded:
         load_embedded_weights(module)
+        network: Any = module
+        network.pretrained_cfg = {**network.pretrained_cfg, "license": LICENCE}
     return module.eval()
 
 
@@ -62,10 +64,8 @@ def preprocess_of(module: nn.Module) -> PreprocessSpec:
     )
 
 
-def licence_of(module: nn.Module, name: str) -> str | None:
+def licence_of(module: nn.Module) -> str | None:
     """The licence of the weights as timm states it."""
-    if name == EMBEDDED:
-        return LICENCE
     stated = getattr(module, "pretrained_cfg", {}).get("license")
     return str(stated) if stated else None
 

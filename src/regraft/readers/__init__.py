@@ -46,8 +46,13 @@ READERS = {
 
 
 def is_file_spec(spec: str) -> bool:
-    """Whether this names something on the disk: a path that exists, or the prefix of a TensorFlow checkpoint."""
+    """Whether this names weights on the disk: a file, a folder or prefix of TensorFlow, or what is spelt like one.
+
+    A folder that merely has the name of a network is none.
+    """
     path = Path(spec)
+    if path.is_dir():
+        return len(path.parts) > 1 or _holds_graph(path) or _holds_checkpoint(path)
     return path.exists() or _is_prefix(path) or path.suffix.lower() in READERS
 
 
@@ -68,9 +73,9 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
 def _reader(place: Path) -> tuple[str, str]:
     checkpoint, graph = ("tensorflow_checkpoint", "read_tensorflow_checkpoint"), READERS[".pb"]
     if place.is_dir():
-        if (place / "saved_model.pb").exists():
+        if _holds_graph(place):
             return graph
-        if (place / "checkpoint").exists() or any(place.glob("*.index")):
+        if _holds_checkpoint(place):
             return checkpoint
         raise ReaderError(
             f"A folder of weights must be a SavedModel, a TensorFlow checkpoint or a Hugging Face model; {place} has "
@@ -89,3 +94,11 @@ def _reader(place: Path) -> tuple[str, str]:
 
 def _is_prefix(place: Path) -> bool:
     return Path(f"{place}.index").exists()
+
+
+def _holds_graph(folder: Path) -> bool:
+    return (folder / "saved_model.pb").exists()
+
+
+def _holds_checkpoint(folder: Path) -> bool:
+    return (folder / "checkpoint").exists() or any(folder.glob("*.index"))

@@ -60,7 +60,9 @@ class Step:
             raise ValueError("it depends on the picture")
         values = tuple(inputs)
         batches, fixed = self.setting.batches, self.setting.fixed
-        result = STEPS[op](self.setting.writer, Node(self.name, op, OPSET, attributes, values, (True,), batches, fixed))
+        result: Any = STEPS[op](
+            self.setting.writer, Node(self.name, op, OPSET, attributes, values, (True,), batches, fixed)
+        )
         first = result[0] if isinstance(result, list) else result
         if first is None:
             raise ValueError("it has no output")
