@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from regraft.readers.crc32c import crc32c, masked
+from regraft.readers.tensorflow.crc32c import crc32c, masked
 
 FLOAT, INT32, STRING = 1, 3, 7
 MAGIC = struct.pack("<Q", 0xDB4775248B80FB57)

@@ -20,7 +20,7 @@ from regraft.errors import ReaderError
 from regraft.graph import trace
 from regraft.operations import build
 from regraft.readers import read_checkpoint
-from regraft.readers.exported_program import read_exported_program
+from regraft.readers.exported.program import read_exported_program
 
 GADGETS = sorted(pg.gadgets(Path("/nowhere/canary"), Path(tempfile.mkdtemp()) / "unused.py"))
 FREE = ({0: torch.export.Dim("pictures", min=1, max=64)},)

@@ -23,9 +23,9 @@ from regraft.cut import split
 from regraft.errors import ReaderError
 from regraft.graph import trace
 from regraft.operations import build, operations_from_json
-from regraft.readers.keras_file import read_keras
-from regraft.readers.keras_graph import read_model
-from regraft.readers.keras_layers import network, roles
+from regraft.readers.keras.file import read_keras
+from regraft.readers.keras.graph import read_model
+from regraft.readers.keras.layers import network, roles
 
 FILES = Path(__file__).parent / "parity" / "files"
 CLOSE = {"rtol": 0, "atol": 1e-4}

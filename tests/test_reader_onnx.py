@@ -17,7 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 from regraft.graph import trace
 from regraft.operations import Operations, build, operations_from_json
 from regraft.readers import read_checkpoint
-from regraft.readers.onnx_file import read_onnx
+from regraft.readers.onnx.file import read_onnx
 from small_networks import assert_every_cut_is_exact
 
 FILES = Path(__file__).parent / "parity" / "files"

@@ -12,7 +12,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from regraft.errors import ReaderError
-from regraft.readers.onnx_file import read_onnx
+from regraft.readers.onnx.file import read_onnx
 from test_reader_onnx import FILES, KERNEL, cases, conv, save
 
 SECRET = "the words of somebody else"

@@ -22,11 +22,11 @@ from regraft.cut import split
 from regraft.errors import ReaderError
 from regraft.graph import trace
 from regraft.operations import Operations, build
-from regraft.readers import crc32c as crc
 from regraft.readers.checkpoint import Checkpoint
 from regraft.readers.protobuf_wire import Message
-from regraft.readers.tensorflow_checkpoint import read_tensorflow_checkpoint
-from regraft.readers.tensorflow_graph import read_tensorflow_graph
+from regraft.readers.tensorflow import crc32c as crc
+from regraft.readers.tensorflow.checkpoint import read_tensorflow_checkpoint
+from regraft.readers.tensorflow.graph import read_tensorflow_graph
 
 FILES = Path(__file__).parent / "parity" / "files"
 LAYERS = [f"{part}/{kind}" for part in ("outputs", *(f"hidden{i}" for i in range(1, 6))) for kind in ("bias", "kernel")]

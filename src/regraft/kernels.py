@@ -127,8 +127,8 @@ def _places(rows: torch.Tensor, columns: torch.Tensor) -> Places | None:
     if rows.std() < SAME and columns.std() < SAME:
         return Places((len(rows), 1, 1), (0, 1, 2))
     length, found = len(rows), []
-    for height in _divisors(length, len(rows.unique())):
-        for width in _divisors(length // height, len(columns.unique())):
+    for height in _divisors(length, len(set(rows.tolist()))):
+        for width in _divisors(length // height, len(set(columns.tolist()))):
             lengths = (length // height // width, height, width)
             for order in itertools.permutations(range(3)):
                 sizes = [lengths[axis] for axis in order]

@@ -34,10 +34,12 @@ def pictures(folder):
         side = int(random.integers(120, 400))
         left, top = (int(random.integers(0, length - side)) for length in whole.size)
         crops.append(whole.crop((left, top, left + side, top + side)))
-    colour = {
-        f"rgb{s}": np.stack([np.asarray(c.resize((s, s))) for c in crops]) for s in (12, 24, 48, 224, 240, 260)
-    }
-    grey = {f"grey{s}": np.stack([np.asarray(c.convert("L").resize((s, s))) for c in crops])[..., None] for s in (28, 64)}
+
+    def of(side, mode):
+        return np.stack([np.asarray(crop.convert(mode).resize((side, side))) for crop in crops])
+
+    colour = {f"rgb{side}": of(side, "RGB") for side in (12, 24, 48, 224, 240, 260)}
+    grey = {f"grey{side}": of(side, "L")[..., None] for side in (28, 64)}
     folder.mkdir(parents=True, exist_ok=True)
     np.savez(folder / "pictures.npz", **colour, **grey)
 
@@ -117,8 +119,9 @@ def compare(folder, packages, digits):
     def difference(name, ours, theirs):
         ours = ours if isinstance(ours, tuple) else (ours,)
         theirs = theirs if isinstance(theirs, tuple) else (theirs,)
-        assert len(ours) == len(theirs) and all(o.shape == t.shape and t.std() > 0 for o, t in zip(ours, theirs))
-        worst[name] = max(float((o - t).abs().max()) for o, t in zip(ours, theirs))
+        pairs = list(zip(ours, theirs, strict=True))
+        assert all(o.shape == t.shape and t.std() > 0 for o, t in pairs)
+        worst[name] = max(float((o - t).abs().max()) for o, t in pairs)
 
     def stored(name):
         arrays = np.load(folder / f"{name}.npz")

@@ -1,15 +1,15 @@
 """Pretrained networks and weights of every framework: a path becomes a `Checkpoint`.
 
-    checkpoint              what a file holds
-    torch_file              PyTorch state dicts
-    safetensors_file        safetensors
-    exported_program        torch.export
-    keras_file              Keras 2 and 3: whole models, weights
-    tensorflow_checkpoint   TensorFlow 1 and 2
-    tensorflow_graph        SavedModel, frozen graph
-    onnx_file               ONNX
-    arrays                  .npz and .npy
-    flax_file               Flax
+    checkpoint         what a file holds
+    torch_file         PyTorch state dicts (torch_pickle, pickles, state_dict)
+    safetensors_file   safetensors
+    exported/          torch.export
+    keras/             Keras 2 and 3: whole models, weights (HDF5)
+    onnx/              ONNX
+    tensorflow/        TensorFlow 1 and 2: checkpoints, SavedModels, frozen graphs
+    arrays             .npz and .npy, as from Theano
+    flax_file          Flax
+    archives           zip files; protobuf_wire  protocol buffers
 
 No reader runs anything that a file brings along, and none believes a header further than the file is long.
 """
@@ -30,14 +30,14 @@ READERS = {
     ".pth": ("torch_file", "read_torch"),
     ".bin": ("torch_file", "read_torch"),
     ".ckpt": ("torch_file", "read_torch"),
-    ".pt2": ("exported_program", "read_exported_program"),
+    ".pt2": ("exported.program", "read_exported_program"),
     ".safetensors": ("safetensors_file", "read_safetensors"),
     ".json": ("safetensors_file", "read_safetensors"),
-    ".keras": ("keras_file", "read_keras"),
-    ".h5": ("keras_file", "read_keras"),
-    ".hdf5": ("keras_file", "read_keras"),
-    ".onnx": ("onnx_file", "read_onnx"),
-    ".pb": ("tensorflow_graph", "read_tensorflow_graph"),
+    ".keras": ("keras.file", "read_keras"),
+    ".h5": ("keras.file", "read_keras"),
+    ".hdf5": ("keras.file", "read_keras"),
+    ".onnx": ("onnx.file", "read_onnx"),
+    ".pb": ("tensorflow.graph", "read_tensorflow_graph"),
     ".npz": ("arrays", "read_arrays"),
     ".npy": ("arrays", "read_arrays"),
     ".msgpack": ("flax_file", "read_flax"),
@@ -71,7 +71,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def _reader(place: Path) -> tuple[str, str]:
-    checkpoint, graph = ("tensorflow_checkpoint", "read_tensorflow_checkpoint"), READERS[".pb"]
+    checkpoint, graph = ("tensorflow.checkpoint", "read_tensorflow_checkpoint"), READERS[".pb"]
     if place.is_dir():
         if _holds_graph(place):
             return graph

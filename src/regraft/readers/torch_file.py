@@ -13,7 +13,7 @@ from typing import BinaryIO
 from regraft.errors import ReaderError
 from regraft.readers.archives import MAGIC, open_archive
 from regraft.readers.checkpoint import Checkpoint
-from regraft.readers.exported_program import is_exported, read_exported_program
+from regraft.readers.exported.program import is_exported, read_exported_program
 from regraft.readers.state_dict import weights_of
 from regraft.readers.torch_pickle import LEGACY, load_pickled
 

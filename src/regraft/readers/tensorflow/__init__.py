@@ -1,0 +1,1 @@
+"""TensorFlow: `checkpoint` reads weights, `graph` whole networks, whose steps are written with those of ONNX."""
