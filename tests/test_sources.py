@@ -21,6 +21,7 @@ from regraft.backbone import load_backbone
 from regraft.errors import BackboneError, ReaderError
 from regraft.heads import Head, View
 from regraft.numerics import pick_numerics
+from regraft.readers import READERS, is_file_spec, read_checkpoint
 
 FILES = Path(__file__).parent / "parity" / "files"
 NETWORKS = """
@@ -95,7 +96,6 @@ def test_features_are_those_of_the_checkpoint(place: Path, monkeypatch: pytest.M
     for i in (1, 2, 3):
         h = torch.nn.functional.elu(h @ state[f"network.hidden{i}.weight"].T + state[f"network.hidden{i}.bias"])
     from regraft.cut import lower_at
-    from regraft.readers import read_checkpoint
 
     (found,) = lower_at(backbone.trace, ["network.act3"])(x)
     assert torch.allclose(found, h, atol=1e-6)
@@ -121,6 +121,40 @@ def test_what_does_not_fit_gets_one_sentence(place: Path, words: list[str], says
     assert done.returncode == 1
     assert says in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("ending", sorted(READERS))
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"", "is empty"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "git lfs pull"),
+        (b"\n<!DOCTYPE html><html>404</html>", "web page"),
+        (b"hello, I am no file of weights at all" * 9, "must"),
+    ],
+    ids=["nothing", "pointer", "page", "words"],
+)
+def test_a_file_of_another_kind_gets_one_sentence_that_names_it(
+    tmp_path: Path, ending: str, content: bytes, says: str
+) -> None:
+    path = tmp_path / f"weights{ending}"
+    path.write_bytes(content)
+    with pytest.raises(ReaderError, match=says) as caught:
+        read_checkpoint(path)
+    sentence = str(caught.value)
+    assert path.name in sentence
+    assert "\n" not in sentence
+
+
+def test_a_folder_with_the_name_of_a_network_is_not_taken_for_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "resnet18").mkdir()
+    assert not is_file_spec("resnet18")
+    assert is_file_spec("./resnet18/") == is_file_spec(str(tmp_path / "resnet18"))
+    with pytest.raises(ReaderError, match="must be a SavedModel, a TensorFlow checkpoint or a Hugging Face model"):
+        load_backbone(str(tmp_path / "resnet18"))
 
 
 def test_names_take_no_options_of_files() -> None:

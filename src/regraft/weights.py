@@ -396,7 +396,8 @@ def _coverage(
             status = "transposed" if moved else "loaded" if ".".join(_parts(source)) == name else "renamed"
             rows.append(Row(name, status, source))
         elif source:
-            shapes = f"{source} is {tuple(checkpoint.tensors[source].shape)}, wanted {tuple(target.shape)}"
+            read = f" read as {fit.layout}" if fit.layout != "torch" else ""
+            shapes = f"{source} is {tuple(checkpoint.tensors[source].shape)}{read}, wanted {tuple(target.shape)}"
             rows.append(Row(name, "shape mismatch", source, shapes))
         else:
             rows.append(Row(name, "missing", ""))
@@ -411,11 +412,11 @@ def _check(coverage: Coverage, fit: _Fit, offered: Offered, taken: _Taken, least
     lost = sorted(coverage.chosen - coverage.loaded, key=list(fit.state).index)
     if not coverage.loaded:
         first = lost[0] if lost else next(iter(fit.state))
-        mismatch = next((row.detail for row in coverage.rows if row.status == "shape mismatch"), "")
+        absent = f"{first} is not in it"
+        reason = next((row.detail for row in coverage.rows if row.status == "shape mismatch"), absent)
         raise ReaderError(
-            f"Something of {coverage.path} must fit the network, and nothing does: {first} is not in it"
-            f"{' (' + mismatch + ')' if mismatch else ''}; nearest names there: {_nearest(first, names)}; give another "
-            "--arch, or --rename OLD=NEW."
+            f"Something of {coverage.path} must fit the network, and nothing does: {reason}; nearest names there: "
+            f"{_nearest(first, names)}; give another --arch, or --rename OLD=NEW."
         )
     if coverage.share < least:
         row = next(row for row in coverage.rows if row.parameter == lost[0])

@@ -17,6 +17,7 @@ No reader runs anything that a file brings along, and none believes a header fur
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -43,6 +44,11 @@ READERS = {
     ".msgpack": ("flax_file", "read_flax"),
 }
 """Module and function by the ending of the file."""
+STUBS = (
+    (b"version https://git-lfs", "a Git LFS pointer: run `git lfs pull`"),
+    (b"<", "a web page or XML: fetch it again"),
+)
+"""What is often found in the place of a file of any kind, by its first bytes."""
 
 
 def is_file_spec(spec: str) -> bool:
@@ -52,7 +58,7 @@ def is_file_spec(spec: str) -> bool:
     """
     path = Path(spec)
     if path.is_dir():
-        return len(path.parts) > 1 or _holds_graph(path) or _holds_checkpoint(path)
+        return os.sep in spec or _holds_graph(path) or _holds_checkpoint(path)
     return path.exists() or _is_prefix(path) or path.suffix.lower() in READERS
 
 
@@ -63,11 +69,27 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     """
     place = Path(path)
     module, function = _reader(place)
+    _refuse_stub(place)
     read: Callable[[Path], Checkpoint] = getattr(importlib.import_module(f"regraft.readers.{module}"), function)
     found = read(place)
     if not found.tensors:
         raise ReaderError(f"{place} must hold weights; no tensor is in it ({found.format}).")
     return found
+
+
+def _refuse_stub(place: Path) -> None:
+    if not place.is_file():
+        return
+    try:
+        with open(place, "rb") as file:
+            head = file.read(32)
+    except OSError as e:
+        raise ReaderError(f"A file of weights must be readable; {place} is not ({e.strerror or e}).") from e
+    if not head:
+        raise ReaderError(f"A file of weights must hold something; {place} is empty.")
+    for magic, said in STUBS:
+        if head.lstrip().startswith(magic):
+            raise ReaderError(f"{place} must be a file of weights; it is {said}.")
 
 
 def _reader(place: Path) -> tuple[str, str]:

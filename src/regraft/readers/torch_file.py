@@ -20,8 +20,6 @@ from regraft.readers.torch_pickle import LEGACY, load_pickled
 FORMAT = "PyTorch"
 OTHERS = (
     (b"\x89HDF\r\n", "an HDF5 file: give it the ending .h5"),
-    (b"version https://git-lfs", "a Git LFS pointer, not the file itself: run `git lfs pull`"),
-    (b"<", "a web page or XML, not the file itself: fetch it again"),
     (b"\x80", "a plain pickle, which torch.save did not write: load it where it comes from and torch.save its tensors"),
 )
 """What is often found under the name of a PyTorch file, by its first bytes."""
