@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,8 @@ import tiny
 from regraft.networks.torchvision_ops import declare_missing_operators
 
 torch.set_num_threads(1)
+# Shells start background jobs with interrupts ignored, and every process started from there inherits that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 declare_missing_operators()
 
 SOURCES = Path(__file__).parent.parent / "src"

@@ -263,10 +263,11 @@ def test_a_network_whose_pooling_was_never_trained_returns_its_last_values(tmp_p
 
 
 def test_random_weights_come_from_the_seed_and_leave_the_state_of_the_caller(folders: Any) -> None:
+    folder = str(folders("vit"))
     torch.manual_seed(3)
     expected = torch.rand(1)
     torch.manual_seed(3)
-    made = [create(str(folders("vit")), pretrained=False, seed=seed) for seed in (1, 1, 2)]
+    made = [create(folder, pretrained=False, seed=seed) for seed in (1, 1, 2)]
     assert torch.equal(torch.rand(1), expected)
     weights = [m.get_parameter("vit.layers.0.mlp.fc1.weight") for m in made]
     assert torch.equal(weights[0], weights[1])
