@@ -50,7 +50,7 @@ def sequence() -> nn.Module:
 def test_network_in_python_is_said_in_operations_and_comes_back_from_json(make: Callable[[], nn.Module]) -> None:
     torch.manual_seed(0)
     module, x = make().eval(), torch.randn(3, 1, 8, 8)
-    said = as_operations(trace(module, x), x)
+    said = as_operations(module, x)
     assert said is not None
     assert torch.allclose(said(x), module(x), atol=1e-6)
     told = json.loads(json.dumps(said.operations.to_json()))
@@ -64,9 +64,25 @@ def test_network_in_python_is_said_in_operations_and_comes_back_from_json(make: 
     assert all(p.grad is not None for p in again.parameters())
 
 
+class Heads(Skip):
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+        x = self.norm(self.first(x)).clamp_min(0)
+        return x.mean((2, 3)), self.second(x)
+
+
+def test_of_several_outputs_the_first_is_said_with_the_layers_that_lead_to_it() -> None:
+    torch.manual_seed(0)
+    module, x = Heads().eval(), torch.randn(3, 1, 8, 8)
+    said = as_operations(module, x)
+    assert said is not None
+    assert torch.allclose(said(x), module(x)[0], atol=1e-6)
+    assert {name.split(".")[0] for name in said.state_dict()} == {"first", "norm"}
+    assert len(module(x)) == 2
+
+
 def test_what_the_list_has_no_word_for_stays_a_module() -> None:
     x = torch.randn(2, 1, 8, 8)
-    assert as_operations(trace(Unsayable().eval(), x), x) is None
+    assert as_operations(Unsayable().eval(), x) is None
 
 
 def linear(**options: object) -> Operations:

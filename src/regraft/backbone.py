@@ -258,7 +258,7 @@ def _from_weights(
     coverage = restore(made.module, checkpoint, example=_blank(final), **options)
     if module is not made.module:
         coverage = coverage.below("network")
-    said = as_operations(trace(module, _blank(final)), _blank(final)) if is_user_function(arch) else None
+    said = as_operations(module, _blank(final)) if is_user_function(arch) else None
     operations = said.operations if said else None
     source = Source(spec, arch, "", True, None)
     return _assemble(said or module, _blank(final), final, source, operations, config=made.config, coverage=coverage)

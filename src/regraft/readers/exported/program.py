@@ -14,7 +14,7 @@ import math
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -46,22 +46,28 @@ def read_exported_program(path: Path) -> Checkpoint:
     several inputs, and for whatever cannot be read without running code.
     """
     try:
-        with open(path, "rb") as file, open_archive(file, str(path), compressed=True) as archive:
-            names = archive.namelist()
-            if not is_exported(names):
-                raise ReaderError(f"{path} must be a file that torch.export.save wrote; it is not: {INSTEAD}.")
-            program, stored = _read_old(archive, str(path)) if OLD in names else _read_new(archive, str(path))
+        with open(path, "rb") as file:
+            return read_opened_program(file, str(path))
     except OSError as e:
         raise ReaderError(f"An exported program must be readable; {path} is not ({e.strerror or e}).") from e
+
+
+def read_opened_program(file: BinaryIO, path: str) -> Checkpoint:
+    """As `read_exported_program`, of a file that is open; `path` names it in errors."""
+    with open_archive(file, path, compressed=True) as archive:
+        names = archive.namelist()
+        if not is_exported(names):
+            raise ReaderError(f"{path} must be a file that torch.export.save wrote; it is not: {INSTEAD}.")
+        program, stored = _read_old(archive, path) if OLD in names else _read_new(archive, path)
     version = printable(str(program.get("torch_version", "unknown")))[:40]
     try:
-        found = to_operations(program, stored, str(path))
+        found = to_operations(program, stored, path)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, StopIteration, RecursionError) as e:
         reason = printable(f"{type(e).__name__}: {e}")[:120]
         raise ReaderError(f"{path} must describe its graph as torch.export does ({reason}): {INSTEAD}.") from e
     passed = tuple(name for name in stored if name not in found.used)
     form = f"PyTorch exported program (torch {version})"
-    return Checkpoint(str(path), form, found.tensors, "torch", passed, found.operations, found.input_shape)
+    return Checkpoint(path, form, found.tensors, "torch", passed, found.operations, found.input_shape)
 
 
 def is_exported(names: Iterable[str]) -> bool:
