@@ -66,7 +66,7 @@ def test_network_in_python_is_said_in_operations_and_comes_back_from_json(make: 
 
 class Heads(Skip):
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
-        x = self.norm(self.first(x)).clamp_min(0)
+        x = F.relu(self.norm(self.first(x)))
         return x.mean((2, 3)), self.second(x)
 
 

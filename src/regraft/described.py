@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from regraft.errors import ReaderError
-from regraft.operations import Network, build
+from regraft.operations import Network, Operations, build
 from regraft.readers.exported.program import read_opened_program
 
 
@@ -38,13 +38,25 @@ def as_operations(module: nn.Module, example: torch.Tensor) -> Network | None:
     if found.operations is None:
         return None
     try:
-        network = build(found.operations, found.tensors)
+        operations = _leading_to_output(found.operations)
+        steps = {step.name for step in operations.steps}
+        used = {name: t for name, t in found.tensors.items() if name in steps or name.rpartition(".")[0] in steps}
+        network = build(operations, used)
     except ReaderError:
         return None
     with torch.no_grad():
         ours = network(example)
     same = ours.shape == theirs.shape and torch.allclose(ours, theirs, atol=1e-5)
     return network if same and network.state_dict().keys() <= module.state_dict().keys() else None
+
+
+def _leading_to_output(operations: Operations) -> Operations:
+    wanted, steps = {operations.output}, []
+    for step in reversed(operations.steps):
+        if step.name in wanted:
+            wanted.update(step.inputs)
+            steps.append(step)
+    return Operations(tuple(reversed(steps)), operations.output)
 
 
 def _giving_one(module: nn.Module) -> nn.Module:
