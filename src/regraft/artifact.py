@@ -216,6 +216,7 @@ def load_model(
         head = Head(views, tensors.pop("head.weight"), tensors.pop("head.bias"))
         spec = spec_from_json(manifest["preprocess"])
         labels = tuple(manifest["labels"])
+        _refuse_disagreement(place, head, labels)
         if manifest["backbone"] is None:
             return TransferModel(head, labels, None, None, spec, numerics)
         source = Source(**manifest["backbone"])
@@ -232,6 +233,16 @@ def load_model(
         _load_lower(network, head, tensors, place)
     frozen = freeze_lower(network.trace, head.cuts, spec, numerics)
     return TransferModel(head, labels, frozen, source, spec, numerics)
+
+
+def _refuse_disagreement(place: Path, head: Head, labels: Sequence[str]) -> None:
+    """Raise ArtifactError unless what the head sees, its weights and the labels go together."""
+    seen, shape = sum(view.dim for view in head.views), tuple(head.weight.shape)
+    if not head.views or shape != (len(labels), seen) or head.bias.shape != (len(labels),):
+        raise ArtifactError(
+            f"The head in {place} must have a row for each of its {len(labels)} labels and a column for each of the "
+            f"{seen} numbers that it sees; it is {shape}: fit it anew."
+        )
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

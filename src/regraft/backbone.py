@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypedDict
@@ -99,7 +100,7 @@ class Backbone:
 
 
 def load_backbone(
-    spec: str | nn.Module | Backbone = "default",
+    spec: str | os.PathLike[str] | nn.Module | Backbone = "default",
     *,
     example: torch.Tensor | None = None,
     preprocess: PreprocessSpec | None = None,
@@ -129,6 +130,7 @@ def load_backbone(
         return spec
     if isinstance(spec, nn.Module):
         return _from_module(spec, example, preprocess)
+    spec = os.fspath(spec)
     if spec not in ("default", SCRATCH) and (arch or is_file_spec(spec)) and not is_network_folder(spec):
         options = {"match": match, "rename": rename, "layout": layout, "adapt": adapt, "min_coverage": min_coverage}
         return _from_file(spec, arch, preprocess, seed, options)
@@ -236,11 +238,18 @@ def _from_file(
     if options["match"] or options["rename"] or options["layout"]:
         raise ReaderError(f"{spec} brings its own network: --match, --rename and --layout need --arch.")
     network = build(checkpoint.operations, checkpoint.tensors)
-    known = checkpoint.input_shape if checkpoint.input_shape and None not in checkpoint.input_shape else None
-    module, shape = with_pictures(network, known)
+    module, shape = with_pictures(network, _picture_shape(checkpoint.input_shape))
     final = stated_or_plain(preprocess, shape)
     operations = checkpoint.operations if module is network else None
     return _assemble(module, _blank(final), final, Source(spec, DESCRIBED, "", True, None), operations)
+
+
+def _picture_shape(known: tuple[int | None, ...] | None) -> tuple[int, int, int] | None:
+    """(channels, height, width) of what a network takes, None where it is not known or no picture."""
+    sizes = tuple(size for size in known or () if size is not None)
+    if len(sizes) != len(known or ()) or len(sizes) not in (2, 3):
+        return None
+    return (1, *sizes) if len(sizes) == 2 else sizes  # type: ignore[return-value]
 
 
 def _from_weights(

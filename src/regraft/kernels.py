@@ -47,26 +47,50 @@ class Places:
         return stored.permute(0, *(axis + 1 for axis in self.order)).reshape(len(weight), -1)
 
 
-def converted(tensor: torch.Tensor, owner: nn.Module, name: str, layout: Layout, places: Places | None) -> torch.Tensor:
+def converted(
+    tensor: torch.Tensor, owner: nn.Module, name: str, layout: Layout, places: Places | None
+) -> torch.Tensor | None:
     """A tensor stored in `layout` as the parameter `name` of `owner` has it, where its kind of layer tells how.
 
-    places: of the inputs of a dense layer that reads a flattened map, None where it reads none.
+    places: of the inputs of a dense layer that reads a flattened map, None where it reads none. A dense weight fits a
+    convolution of one place, and the other way round. None for a convention that is not known.
     """
-    if layout == "torch" or name != "weight":
+    if name != "weight" or not isinstance(owner, (nn.Linear, *CONVOLUTIONS, *TRANSPOSED)):
         return tensor
-    if isinstance(owner, nn.Linear) and tensor.dim() == 2:
+    dense = tensor.dim() == 2
+    if isinstance(owner, nn.Linear):
+        if tensor.dim() > 2 and _is_of_one_place(tensor, layout):
+            kernel = _kernel(tensor, layout)
+            return kernel.reshape(kernel.shape[:2])
+        if not dense or layout == "torch":
+            return tensor
         return tensor.T if places is None or layout == "theano" else places.of_channels_last(tensor.T)
-    spatial = tuple(range(tensor.dim() - 2))
-    if isinstance(owner, CONVOLUTIONS) and tensor.dim() == owner.weight.dim():
-        if layout == "theano":
-            return tensor.flip([axis + 2 for axis in spatial])
-        if layout == "keras" and owner.groups == owner.in_channels > 1 and tensor.shape[-2] == owner.in_channels:
-            depthwise = tensor.permute(-2, -1, *spatial)  # (in, multiplier, h, w)
-            return depthwise.reshape(-1, 1, *depthwise.shape[2:])
-        return tensor.permute(-1, -2, *spatial)
-    if isinstance(owner, TRANSPOSED) and tensor.dim() == owner.weight.dim() and layout == "keras":
-        return tensor.permute(-1, -2, *spatial)  # Keras has (h, w, out, in) here
-    return tensor
+    if dense and math.prod(owner.kernel_size) == 1 and isinstance(owner, CONVOLUTIONS):
+        weight = tensor if layout == "torch" else tensor.T
+        return weight.reshape(*weight.shape, *[1] * len(owner.kernel_size))
+    if layout == "torch" or tensor.dim() != owner.weight.dim():
+        return tensor
+    if isinstance(owner, TRANSPOSED):
+        spatial = tuple(range(tensor.dim() - 2))
+        return tensor.permute(-1, -2, *spatial) if layout == "keras" else None  # Keras has (h, w, out, in) here
+    if layout == "keras" and owner.groups == owner.in_channels > 1 and tensor.shape[-2] == owner.in_channels:
+        depthwise = tensor.permute(-2, -1, *range(tensor.dim() - 2))  # (in, multiplier, h, w)
+        return depthwise.reshape(-1, 1, *depthwise.shape[2:])
+    return _kernel(tensor, layout)
+
+
+def _kernel(tensor: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """The kernel of a convolution, (out, in, ...)."""
+    if layout == "torch":
+        return tensor
+    if layout == "theano":
+        return tensor.flip(list(range(2, tensor.dim())))
+    return tensor.permute(-1, -2, *range(tensor.dim() - 2))
+
+
+def _is_of_one_place(tensor: torch.Tensor, layout: Layout) -> bool:
+    places = tensor.shape[2:] if layout in ("torch", "theano") else tensor.shape[:-2]
+    return math.prod(places) == 1
 
 
 def flattened(
@@ -92,17 +116,20 @@ def _read(
         read.clear()
         return _coded(output, axis)
 
-    def reading(path: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
-        def note(layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+    def reading(path: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...], dict[str, torch.Tensor]], None]:
+        def note(layer: nn.Module, inputs: tuple[torch.Tensor, ...], named: dict[str, torch.Tensor]) -> None:
+            (x,) = (*inputs, *named.values())
             first = next(iter(read.values()), None)
-            if inputs[0].dim() == 2 and (first is None or torch.equal(first, inputs[0][0])):
-                read[path] = inputs[0][0].detach().double()
+            if x.dim() == 2 and (first is None or torch.equal(first, x[0].double())):
+                read[path] = x[0].detach().double()
 
         return note
 
     layers = list(module.named_modules())
     hooks = [m.register_forward_hook(coded) for _, m in layers if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d))]
-    hooks += [m.register_forward_pre_hook(reading(path)) for path, m in layers if isinstance(m, nn.Linear)]
+    hooks += [
+        m.register_forward_pre_hook(reading(path), with_kwargs=True) for path, m in layers if isinstance(m, nn.Linear)
+    ]
     try:
         with torch.no_grad():
             run(_coded(torch.zeros(1, *shape), axis))
@@ -170,6 +197,8 @@ def with_positions(embedding: torch.Tensor, count: int) -> torch.Tensor | None:
     """Position embeddings (1, tokens, dim) for `count` tokens: the square grid resampled (bicubic), the rest kept."""
     have = embedding.shape[1]
     for prefix in (1, 0, 2):
+        if min(have, count) <= prefix:
+            continue
         old, new = math.isqrt(have - prefix), math.isqrt(count - prefix)
         if old * old == have - prefix and new * new == count - prefix:
             grid = embedding[:, prefix:].reshape(1, old, old, -1).permute(0, 3, 1, 2).float()

@@ -79,8 +79,8 @@ def weights(command: Callable[..., None]) -> Callable[..., None]:
 
 def _pairs(context: click.Context, parameter: click.Parameter, value: tuple[str, ...]) -> dict[str, str]:
     pairs = [tuple(one.partition("=")) for one in value]
-    for one, (old, equals, new) in zip(value, pairs, strict=True):
-        if not old or not equals or not new:
+    for one, (old, equals, _) in zip(value, pairs, strict=True):
+        if not old or not equals:
             raise click.BadParameter(f"{one!r} is not of the form OLD=NEW")
     return {old: new for old, _, new in pairs}
 

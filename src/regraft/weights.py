@@ -1,49 +1,36 @@
-"""Fill a network with the weights of a file, by name or by shape and order, and say what came of every parameter.
+"""Fill a network with the weights of a file, and say what came of every parameter.
 
-Names are compared part by part after the usual differences between frameworks are evened out (`kernel` is `weight`,
-`gamma` is `weight`, `moving_mean` is `running_mean`; prefixes such as `module.`). Nothing is written into the network
-until everything is known to fit.
+Tensors find their places by name or by shape and order (see `matching`), and come in the layout of the layer (see
+`kernels`). Nothing is written into the network until everything is known to fit.
 
-Knows modules and checkpoints, nothing of graphs or cuts. Not covered: weights that one framework splits and another
-joins (attention projections), except where a rename says how.
+Knows modules and checkpoints, nothing of graphs or cuts.
 """
 
 from __future__ import annotations
 
 import copy
-import difflib
 import math
 import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, get_args
 
-import numpy as np
 import torch
 from torch import nn
 
 from regraft.architecture import with_pictures
 from regraft.errors import BackboneError, ReaderError
 from regraft.kernels import Places, converted, flattened, with_input_channels, with_positions
-from regraft.readers import Checkpoint, Layout, read_checkpoint
+from regraft.matching import COUNTER, Match, Offer, nearest, offers
+from regraft.matching import match as matched
+from regraft.printable import printable
+from regraft.readers import Checkpoint, Layout, checkpoint_of, read_checkpoint
 
-LEAVES = {
-    **dict.fromkeys(("kernel", "gamma", "scale", "embeddings", "embedding", "depthwise_kernel", "alpha"), "weight"),
-    **dict.fromkeys(("W", "w", "weights"), "weight"),
-    **dict.fromkeys(("beta", "b", "biases"), "bias"),
-    **dict.fromkeys(("moving_mean", "mean"), "running_mean"),
-    **dict.fromkeys(("moving_variance", "var"), "running_var"),
-}
-"""What other frameworks call the tensors of a layer."""
-COLLECTIONS = ("params", "batch_stats")
-PREFIXES = ("module", "model", "backbone", "encoder", "net", "network", "_orig_mod", "student", "teacher", "base_model")
 CHANNELS_LAST = ("keras", "flax")
 LOADED = ("loaded", "renamed", "transposed")
-COUNTER = "num_batches_tracked"
-NAMED = 3
 SHOWN = 12
 
 
@@ -87,7 +74,7 @@ class Coverage:
     @property
     def share(self) -> float:
         """Loaded share of what had to be loaded."""
-        return len(self.chosen & self.loaded) / max(1, len(self.chosen))
+        return len(self.chosen & self.loaded) / len(self.chosen) if self.chosen else 1.0
 
     def below(self, path: str) -> Coverage:
         """The same of a network that hangs at `path` in another one."""
@@ -108,7 +95,7 @@ class Coverage:
             lines.append(f"  {row.status:18} {row.parameter or row.source}{row.detail and ': ' + row.detail}")
         if len(others) > SHOWN:
             lines.append(f"  and {len(others) - SHOWN} more")
-        return "\n".join(lines)
+        return "\n".join(map(printable, lines))
 
 
 def restore(
@@ -141,17 +128,19 @@ def restore(
 
     Raises ReaderError, with nothing changed, when less is loaded, and always when nothing is.
     """
-    checkpoint = _checkpoint(source)
-    offered = _renamed(checkpoint, rename or {})
-    kind = layout or checkpoint.layout
-    places = {path: Places(lengths) for path, lengths in (flatten or {}).items()}
-    fit = _Fit(module, module.state_dict(), kind, {**_places(module, kind, example), **places}, adapt)
+    if layout is not None and layout not in get_args(Layout):
+        raise ReaderError(f"The layout must be one of {', '.join(get_args(Layout))}; found {layout!r}.")
+    checkpoint = source if isinstance(source, Checkpoint) else _checkpoint(source)
+    offered = offers(checkpoint, rename or {})
+    seen = _seen(module, layout or checkpoint.layout, example)
+    places = {**seen.places, **{path: Places(lengths) for path, lengths in (flatten or {}).items()}}
+    fit = _Fit(module, module.state_dict(), layout or checkpoint.layout, places, adapt)
+    last = frozenset(name for name in fit.state if name.rpartition(".")[0] == seen.last)
     wanted = _wanted(fit, match)
-    taken, by = _by_name(fit, offered, wanted), "name"
-    if not taken.fitting and (in_order := _by_order(fit, offered, wanted)):
-        taken, by = in_order, "order"
-    coverage = _coverage(checkpoint, fit, offered, wanted, taken, by, match)
-    _check(coverage, fit, offered, taken, min_coverage)
+    taken = matched(checkpoint.path, offered, wanted, fit, last)
+    chosen = frozenset(wanted) if match else frozenset(wanted) - last
+    coverage = Coverage(checkpoint.path, checkpoint.format, taken.by, _rows(fit, offered, wanted, taken), chosen)
+    _check(coverage, fit, offered, min_coverage)
     with torch.no_grad():
         for name, tensor in taken.fitting.items():
             fit.state[name].copy_(tensor)
@@ -164,17 +153,6 @@ def matches(pattern: str, name: str) -> bool:
     """Whether the pattern matches the name from its start up to the end of one of its parts."""
     parts = name.split(".")
     return any(re.fullmatch(pattern, ".".join(parts[:i])) for i in range(1, len(parts) + 1))
-
-
-Offered = dict[tuple[str, ...], tuple[str, torch.Tensor]]
-
-
-@dataclass(frozen=True)
-class _Taken:
-    """For names of the network: what the file calls them, and the tensors that fit."""
-
-    sources: Mapping[str, str]
-    fitting: Mapping[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -191,9 +169,9 @@ class _Fit:
         """The tensor as the parameter `name` wants it, None where its shape or kind does not fit."""
         target = self.state[name]
         path, _, own = name.rpartition(".")
-        owner = self.module.get_submodule(path)
         if target.is_floating_point() and not tensor.is_floating_point():
             return None
+        owner = self.module.get_submodule(path)
         places = self.places.get(path)
         if path in self.places and places is None and own == "weight":
             raise ReaderError(
@@ -201,23 +179,52 @@ class _Fit:
                 f"{self.layout}, and no run told it: give example= or flatten={{{path!r}: (channels, height, width)}}."
             )
         found = converted(tensor, owner, own, self.layout, places)
-        if found.shape != target.shape and _squeezed(found) == _squeezed(target):
-            found = found.reshape(target.shape)
-        if found.shape != target.shape and self.adapt:
-            found = _adapted(found, target)
-        return found if found.shape == target.shape else None
+        if found is not None and found.shape != target.shape and _is_line(found) and _is_line(target):
+            found = found.reshape(target.shape) if found.numel() == target.numel() else found
+        if found is not None and found.shape != target.shape and self.adapt:
+            found = _adapted(found, target, owner is self.first and own == "weight")
+        return found if found is not None and found.shape == target.shape else None
+
+    @property
+    def first(self) -> nn.Module | None:
+        """The convolution that reads the pictures: the first one, if it is not grouped."""
+        found = next((layer for layer in self.module.modules() if isinstance(layer, nn.Conv2d)), None)
+        return found if found is not None and found.groups == 1 else None
 
 
-def _places(module: nn.Module, layout: Layout, example: torch.Tensor | None) -> dict[str, Places | None]:
-    """For dense layers that read a flattened map: its places; None where they cannot be told."""
-    if layout not in CHANNELS_LAST:
-        return {}
+@dataclass(frozen=True)
+class _Seen:
+    """What the network does with its layers.
+
+    places: what dense layers read of a map, None where that cannot be told; last: path of the classifier, the last
+    dense layer or convolution.
+    """
+
+    places: Mapping[str, Places | None]
+    last: str
+
+
+def _seen(module: nn.Module, layout: Layout, example: torch.Tensor | None) -> _Seen:
+    """From a run of a copy where the order of a flattened map matters or an example is given, else from its layers."""
+    layers = [(path, m) for path, m in module.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    dense = [path for path, m in layers if isinstance(m, nn.Linear)]
+    registered = (dense or [path for path, _ in layers] or [""])[-1]
+    if example is None and layout not in CHANNELS_LAST:
+        return _Seen({}, registered)
     copied = copy.deepcopy(module).eval()
+    called: list[str] = []
+    hooks = [
+        copied.get_submodule(path).register_forward_hook(lambda *_, path=path: called.append(path))
+        for path, _ in layers
+    ]
     try:
         run, shape = with_pictures(copied, tuple(example.shape[1:]) if example is not None else None)
     except BackboneError:
-        return _supposed(module)
-    return flattened(copied, run, shape)
+        return _Seen(_supposed(module) if layout in CHANNELS_LAST else {}, registered)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return _Seen(flattened(copied, run, shape) if layout in CHANNELS_LAST else {}, (called or [registered])[-1])
 
 
 def _supposed(module: nn.Module) -> dict[str, Places | None]:
@@ -233,64 +240,27 @@ def _supposed(module: nn.Module) -> dict[str, Places | None]:
     return {}
 
 
-def _adapted(found: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    same = found.dim() == target.dim()
-    if same and found.dim() == 4 and (found.shape[0], *found.shape[2:]) == (target.shape[0], *target.shape[2:]):
+def _adapted(found: torch.Tensor, target: torch.Tensor, reads_pictures: bool) -> torch.Tensor | None:
+    if (
+        reads_pictures
+        and found.dim() == 4
+        and (found.shape[0], *found.shape[2:]) == (target.shape[0], *target.shape[2:])
+    ):
         return with_input_channels(found, target.shape[1])
-    if same and found.dim() == 3 and found.shape[0] == 1 and found.shape[2] == target.shape[2]:
-        resampled = with_positions(found, target.shape[1])
-        return found if resampled is None else resampled
-    return found
+    if found.dim() == target.dim() == 3 and found.shape[0] == 1 and found.shape[2] == target.shape[2]:
+        return with_positions(found, target.shape[1])
+    return None
 
 
-def _squeezed(tensor: torch.Tensor) -> tuple[int, ...]:
-    return tuple(size for size in tensor.shape if size != 1)
+def _is_line(tensor: torch.Tensor) -> bool:
+    """Whether at most one axis is longer than 1, so that no order could be lost."""
+    return sum(size > 1 for size in tensor.shape) <= 1
 
 
-def _checkpoint(source: str | os.PathLike[str] | Mapping[str, Any] | Checkpoint) -> Checkpoint:
-    if isinstance(source, Checkpoint):
-        return source
-    if isinstance(source, Mapping):
-        tensors = {str(k): torch.as_tensor(np.asarray(v)) if not torch.is_tensor(v) else v for k, v in source.items()}
-        return Checkpoint("the given arrays", "arrays", tensors)
-    return read_checkpoint(os.fspath(source))
-
-
-def _parts(name: str) -> tuple[str, ...]:
-    """The parts of a source name in the network's words, without collection names and output numbers."""
-    parts = [part for part in re.split(r"[./]", re.sub(r":\d+$", "", name)) if part]
-    if len(parts) > 1 and parts[0] in COLLECTIONS:
-        parts = parts[1:]
-    return (*parts[:-1], LEAVES.get(parts[-1], parts[-1])) if parts else ("",)
-
-
-def _renamed(checkpoint: Checkpoint, rename: Mapping[str, str]) -> Offered:
-    """The tensors by name as the network would say it, after renaming, with the name that the file has."""
-    offered: Offered = {}
-    used: set[str] = set()
-    for name, tensor in checkpoint.tensors.items():
-        parts = _parts(name)
-        if parts[-1] == COUNTER:
-            continue
-        for old, new in rename.items():
-            old_parts = tuple(part for part in re.split(r"[./]", old) if part)
-            for i in range(len(parts) - len(old_parts) + 1):
-                if parts[i : i + len(old_parts)] == old_parts:
-                    parts = (*parts[:i], *(p for p in re.split(r"[./]", new) if p), *parts[i + len(old_parts) :])
-                    used.add(old)
-                    break
-        if parts in offered:
-            both = f"{offered[parts][0]} and {name} both become {'.'.join(parts)}"
-            raise ReaderError(f"Names in {checkpoint.path} must stay apart; {both}.")
-        offered[parts] = (name, tensor)
-    for old in rename.keys() - used:
-        near = difflib.get_close_matches(
-            old, {p for name in checkpoint.tensors for p in re.split(r"[./]", name)}, NAMED
-        )
-        raise ReaderError(
-            f"A name to rename must be in {checkpoint.path}; {old!r} is not; nearest: {', '.join(near) or 'none'}."
-        )
-    return offered
+def _checkpoint(source: str | os.PathLike[str] | Mapping[str, Any] | Sequence[Any]) -> Checkpoint:
+    if isinstance(source, str | os.PathLike):
+        return read_checkpoint(os.fspath(source))
+    return checkpoint_of(source)
 
 
 def _wanted(fit: _Fit, match: str | None) -> list[str]:
@@ -304,86 +274,16 @@ def _wanted(fit: _Fit, match: str | None) -> list[str]:
     if not wanted:
         raise ReaderError(
             "The pattern of --match must match a parameter of the new network from the start of its name, whole path "
-            f"parts at a time; {match!r} matches none; nearest: {_nearest(match, names)}."
+            f"parts at a time; {match!r} matches none; nearest: {nearest(match, names)}."
         )
     return wanted
 
 
-def _by_name(fit: _Fit, offered: Offered, wanted: Sequence[str]) -> _Taken:
-    """What is taken by name, with the repair of prefixes that makes most tensors fit."""
-    best = _Taken({}, {})
-    for strip in _prefixes(offered):
-        shortened = {parts[len(strip) :] if parts[: len(strip)] == strip else parts: v for parts, v in offered.items()}
-        for add in _prefixes([tuple(name.split(".")) for name in wanted]):
-            sources, fitting = {}, {}
-            for name in wanted:
-                parts = tuple(name.split("."))
-                found = shortened.get(parts[len(add) :] if parts[: len(add)] == add else parts)
-                if found:
-                    sources[name] = found[0]
-                    tensor = fit(name, found[1])
-                    if tensor is not None:
-                        fitting[name] = tensor
-            if (len(fitting), len(sources)) > (len(best.fitting), len(best.sources)):
-                best = _Taken(sources, fitting)
-    return best
-
-
-def _prefixes(names: Iterable[tuple[str, ...]]) -> list[tuple[str, ...]]:
-    """Parts in front of names that may be left out, shortest first: usual ones, and those that all names share."""
-    listed = list(names)
-    found: dict[tuple[str, ...], None] = {(): None}
-    for depth in (1, 2, 3):
-        heads = Counter(parts[:depth] for parts in listed if len(parts) > depth)
-        for head, count in heads.items():
-            if count == len(listed) or (head[-1] in PREFIXES and head[:-1] in found):
-                found[head] = None
-    return list(found)
-
-
-def _by_order(fit: _Fit, offered: Offered, wanted: Sequence[str]) -> _Taken | None:
-    """All tensors in order, or those of the one network in the file that fits where it holds several."""
-    networks: dict[str, list[tuple[str, torch.Tensor]]] = {}
-    for name, tensor in offered.values():
-        networks.setdefault(re.split(r"[./]", name)[0], []).append((name, tensor))
-    found = [_in_order(fit, tensors, wanted) for tensors in (list(offered.values()), *networks.values())]
-    fitting = [taken for taken in found if taken]
-    return fitting[0] if fitting and all(taken == fitting[0] for taken in fitting) else None
-
-
-def _in_order(fit: _Fit, tensors: Sequence[tuple[str, torch.Tensor]], wanted: Sequence[str]) -> _Taken | None:
-    """Tensors in order, if there are as many as wanted and each fits its place, the last layer perhaps not."""
-    if len(tensors) != len(wanted):
-        return None
-    last = _last_layer(fit)
-    sources, fitting = {}, {}
-    for name, (source, tensor) in zip(wanted, tensors, strict=True):
-        found = fit(name, tensor)
-        if found is None and name not in last:
-            return None
-        sources[name] = source
-        if found is not None:
-            fitting[name] = found
-    return _Taken(sources, fitting) if fitting else None
-
-
-def _last_layer(fit: _Fit) -> frozenset[str]:
-    """Names of the tensors of the last dense layer or convolution: the classifier of the source task."""
-    layers = [path for path, layer in fit.module.named_modules() if isinstance(layer, (nn.Linear, nn.Conv2d))]
-    return frozenset(name for name in fit.state if layers and name.rpartition(".")[0] == layers[-1])
-
-
-def _coverage(
-    checkpoint: Checkpoint,
-    fit: _Fit,
-    offered: Offered,
-    wanted: Sequence[str],
-    taken: _Taken,
-    by: str,
-    match: str | None,
-) -> Coverage:
+def _rows(fit: _Fit, offered: Sequence[Offer], wanted: Sequence[str], taken: Match) -> tuple[Row, ...]:
+    by_source = {offer.name: offer for offer in offered}
     kept = set(wanted)
     rows = []
+    loaded = {_memory(fit.state[name]): name for name in taken.fitting}
     for name, target in fit.state.items():
         if name.endswith(COUNTER):
             continue
@@ -391,42 +291,47 @@ def _coverage(
         if name not in kept:
             rows.append(Row(name, "skipped by pattern", ""))
         elif name in taken.fitting:
-            stored = checkpoint.tensors[source]
-            moved = taken.fitting[name].shape != stored.shape or not torch.equal(taken.fitting[name], stored)
-            status = "transposed" if moved else "loaded" if ".".join(_parts(source)) == name else "renamed"
+            offer = by_source[source]
+            moved = taken.fitting[name].shape != offer.tensor.shape or not torch.equal(
+                taken.fitting[name], offer.tensor
+            )
+            status = "transposed" if moved else "loaded" if ".".join(offer.parts) == name else "renamed"
             rows.append(Row(name, status, source))
         elif source:
             read = f" read as {fit.layout}" if fit.layout != "torch" else ""
-            shapes = f"{source} is {tuple(checkpoint.tensors[source].shape)}{read}, wanted {tuple(target.shape)}"
+            shapes = f"{source} is {tuple(by_source[source].tensor.shape)}{read}, wanted {tuple(target.shape)}"
             rows.append(Row(name, "shape mismatch", source, shapes))
+        elif _memory(target) in loaded:
+            rows.append(Row(name, "loaded", taken.sources[loaded[_memory(target)]], "the same memory"))
         else:
             rows.append(Row(name, "missing", ""))
     used = set(taken.sources.values())
-    rows += [Row("", "unexpected", source) for source, _ in offered.values() if source not in used]
-    chosen = kept if match else kept - _last_layer(fit)
-    return Coverage(checkpoint.path, checkpoint.format, by, tuple(rows), frozenset(chosen))
+    return (*rows, *(Row("", "unexpected", offer.name) for offer in offered if offer.name not in used))
 
 
-def _check(coverage: Coverage, fit: _Fit, offered: Offered, taken: _Taken, least: float) -> None:
-    names = [".".join(parts) for parts in offered]
+def _memory(tensor: torch.Tensor) -> tuple[object, ...]:
+    """The same for tied weights alone."""
+    return tensor.data_ptr() or id(tensor), tuple(tensor.shape), tensor.stride()
+
+
+def _check(coverage: Coverage, fit: _Fit, offered: Sequence[Offer], least: float) -> None:
+    names = [".".join(offer.parts) for offer in offered]
     lost = sorted(coverage.chosen - coverage.loaded, key=list(fit.state).index)
     if not coverage.loaded:
-        first = lost[0] if lost else next(iter(fit.state))
+        first = next(iter(lost or fit.state), None)
+        if first is None:
+            raise ReaderError("A network must have weights to take any; this one has none.")
         absent = f"{first} is not in it"
         reason = next((row.detail for row in coverage.rows if row.status == "shape mismatch"), absent)
         raise ReaderError(
             f"Something of {coverage.path} must fit the network, and nothing does: {reason}; nearest names there: "
-            f"{_nearest(first, names)}; give another --arch, or --rename OLD=NEW."
+            f"{nearest(first, names)}; give another --arch, or --rename OLD=NEW."
         )
     if coverage.share < least:
         row = next(row for row in coverage.rows if row.parameter == lost[0])
-        what = row.detail or f"nearest names there: {_nearest(lost[0], names)}"
+        what = row.detail or f"nearest names there: {nearest(lost[0], names)}"
         raise ReaderError(
             f"{coverage.path} must hold {least:.0%} of the parameters wanted, and holds {coverage.share:.0%}: "
             f"{len(lost)} are not loaded, the first {lost[0]} ({row.status}; {what}); rename, choose with --match, or "
             "allow less with --min-coverage."
         )
-
-
-def _nearest(name: str, names: Iterable[str]) -> str:
-    return ", ".join(difflib.get_close_matches(name, list(names), NAMED, cutoff=0.0)) or "none"

@@ -18,19 +18,23 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 from regraft.errors import ReaderError
+from regraft.readers.arrays import checkpoint_of
 from regraft.readers.checkpoint import Checkpoint, Layout
+from regraft.readers.tensorflow.bundle import is_old_checkpoint
 
-__all__ = ["Checkpoint", "Layout", "is_file_spec", "read_checkpoint"]
+__all__ = ["Checkpoint", "Layout", "checkpoint_of", "is_file_spec", "read_checkpoint"]
 
 READERS = {
     ".pt": ("torch_file", "read_torch"),
     ".pth": ("torch_file", "read_torch"),
     ".bin": ("torch_file", "read_torch"),
     ".ckpt": ("torch_file", "read_torch"),
+    ".tar": ("torch_file", "read_torch"),
     ".pt2": ("exported.program", "read_exported_program"),
     ".safetensors": ("safetensors_file", "read_safetensors"),
     ".json": ("safetensors_file", "read_safetensors"),
@@ -103,7 +107,7 @@ def _reader(place: Path) -> tuple[str, str]:
             f"A folder of weights must be a SavedModel, a TensorFlow checkpoint or a Hugging Face model; {place} has "
             "no saved_model.pb, *.index or config.json."
         )
-    if place.suffix == ".index" or (not place.exists() and _is_prefix(place)):
+    if (not place.exists() and _is_prefix(place)) or (place.exists() and _is_of_tensorflow(place)):
         return checkpoint
     if not place.exists():
         raise ReaderError(f"The file of weights must exist; there is no {place}.")
@@ -124,3 +128,9 @@ def _holds_graph(folder: Path) -> bool:
 
 def _holds_checkpoint(folder: Path) -> bool:
     return (folder / "checkpoint").exists() or any(folder.glob("*.index"))
+
+
+def _is_of_tensorflow(file: Path) -> bool:
+    """Whether this is one of the files of a checkpoint of TensorFlow, or the only one of the oldest kind."""
+    parts = re.search(r"\.(index|meta|data-\d+-of-\d+)$", file.name)
+    return file.name == "checkpoint" or bool(parts) or is_old_checkpoint(file)

@@ -13,7 +13,7 @@ import os
 import pickle
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -27,6 +27,7 @@ from regraft.printable import printable
 from regraft.readers.archives import open_archive
 from regraft.readers.checkpoint import Checkpoint, Layout
 from regraft.readers.pickles import scan
+from regraft.readers.state_dict import weights_of
 
 NUMBERS = "biufc"
 WORDS = "SUMm"
@@ -52,6 +53,30 @@ def read_arrays(path: Path, *, layout: Layout = "torch") -> Checkpoint:
     tensors = {n: _tensor(v, f"{n!r} of {path}") for n, v in found.items() if isinstance(v, np.ndarray)}
     passed = tuple(name for name, value in found.items() if not isinstance(value, np.ndarray))
     return Checkpoint(str(path), form, tensors, layout, passed)
+
+
+def checkpoint_of(value: Mapping[str, Any] | Sequence[Any]) -> Checkpoint:
+    """Arrays or tensors given in Python: by name, nested as in a checkpoint, or in order, as Theano lists them.
+
+    Raises ReaderError for what holds none, and for sparse tensors and others without plain values.
+    """
+    tensors, passed = weights_of(_as_tensors(value, "the given arrays"), "the given arrays")
+    return Checkpoint("the given arrays", "arrays", tensors, passed_over=passed)
+
+
+def _as_tensors(value: Any, where: str, depth: int = 0) -> Any:
+    if isinstance(value, torch.Tensor):
+        if value.layout != torch.strided or value.is_quantized or value.device.type == "meta":
+            raise ReaderError(f"{where} must be a dense tensor with values; it is {value.layout}, {value.device}.")
+        return value.detach().cpu()
+    if isinstance(value, Mapping) and depth < DEPTH:
+        return {str(key): _as_tensors(entry, f"{where}[{key!r}]", depth + 1) for key, entry in value.items()}
+    if isinstance(value, list | tuple) and depth < DEPTH:
+        return [_as_tensors(entry, f"{where}[{i}]", depth + 1) for i, entry in enumerate(value)]
+    if not hasattr(value, "__array__"):
+        return value
+    array = np.asarray(value)
+    return _tensor(array.astype(array.dtype.newbyteorder("=")), where)
 
 
 def _read_npz(file: BinaryIO, origin: str) -> dict[str, Array | None]:

@@ -7,7 +7,7 @@ averages and counters. What is passed over is listed by name. Knows names alone,
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -20,8 +20,9 @@ WRAPPERS = (
 )
 NEVER = re.compile(
     r"optim|sched|scaler|(^|_)(rng|epoch|step|iteration|loss|criterion|args|config|hyper_parameters|callbacks|loops)"
-    r"(_|s?$)|^(amp|best|metric)"
+    r"(_|s?$)|^(amp|metric)|best_(acc|score|metric|val)"
 )
+OPTIMIZERS = re.compile(r"optim|sched|scaler")
 AVERAGED = re.compile(r"(^|_)(ema|shadow|swa)(_|$)")
 COUNTER = "num_batches_tracked"
 DEPTH = 16
@@ -94,6 +95,12 @@ class _Walk:
             self.known[id(value)] = any(self.holds(inner, depth + 1) for inner in _entries(value).values())
         return self.known[id(value)]
 
+    def count(self, value: Any, depth: int = 0) -> int:
+        """How many tensors are in it, none deeper than is looked."""
+        if torch.is_tensor(value):
+            return 1
+        return sum(self.count(inner, depth + 1) for inner in _entries(value).values()) if depth <= DEPTH else 0
+
     def take(self, value: Any, prefix: str) -> None:
         """Add the weights in a container under `prefix`, and the names of the rest to what is passed over."""
         if id(value) in self.seen:
@@ -102,8 +109,9 @@ class _Walk:
         self.seen.add(id(value))
         entries = _entries(value)
         parts = {k: v for k, v in entries.items() if not torch.is_tensor(v) and self.holds(v)}
+        sizes = {k: self.count(v) for k, v in parts.items()}
         loose = {k for k, v in entries.items() if torch.is_tensor(v) and not (parts and NEVER.search(k))}
-        chosen = _chosen(parts)
+        chosen = _chosen(sizes)
         wrapped = len(chosen) == 1 and (chosen[0] in WRAPPERS or (not loose and _is_flat(parts[chosen[0]])))
         for key, entry in entries.items():
             if key in chosen:
@@ -127,11 +135,14 @@ def _entries(value: Any) -> dict[str, Any]:
     return {}
 
 
-def _chosen(parts: Iterable[str]) -> list[str]:
-    """Of the parts that hold tensors, those that hold the weights."""
-    trained = [part for part in parts if not NEVER.search(part)]
+def _chosen(sizes: Mapping[str, int]) -> list[str]:
+    """Of the parts that hold so many tensors each, those that hold the weights."""
+    trained = [part for part in sizes if not NEVER.search(part)]
+    trained = trained or [part for part in sizes if not OPTIMIZERS.search(part)]
     plain = [part for part in trained if not AVERAGED.search(part)] or trained
-    return [part for part in plain if part in WRAPPERS] or plain
+    wrapped = [part for part in plain if part in WRAPPERS]
+    most = max((sizes[part] for part in plain), default=0)
+    return wrapped if any(sizes[part] == most for part in wrapped) else plain
 
 
 def _is_flat(value: Any) -> bool:

@@ -45,6 +45,13 @@ class _Nothing:
         pass
 
 
+class _Mapping(OrderedDict[Any, Any]):
+    """Stands for a dict that is made from more than its entries, as defaultdict is from a factory."""
+
+    def __init__(self, *_: object) -> None:
+        super().__init__()
+
+
 _FOLDERS = tuple(
     f"{module}.{name}"
     for module in ("pathlib", "pathlib._local")
@@ -57,6 +64,9 @@ EMPTIED: dict[str, Callable[..., object]] = {
         for module in ("core.multiarray", "_core.multiarray")
         for name in ("scalar", "_reconstruct")
     },
+    **{f"{m}.{n}": _Nothing for m in ("builtins", "__builtin__") for n in ("list", "dict", "int", "float", "str")},
+    **{f"datetime.{name}": _Nothing for name in ("datetime", "date", "time", "timedelta", "timezone")},
+    "collections.defaultdict": _Mapping,
     **dict.fromkeys(
         ("numpy.dtype", "numpy.ndarray", "argparse.Namespace", "torch.torch_version.TorchVersion"), _Nothing
     ),
