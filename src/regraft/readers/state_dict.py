@@ -95,11 +95,17 @@ class _Walk:
             self.known[id(value)] = any(self.holds(inner, depth + 1) for inner in _entries(value).values())
         return self.known[id(value)]
 
-    def count(self, value: Any, depth: int = 0) -> int:
-        """How many tensors are in it, none deeper than is looked."""
-        if torch.is_tensor(value):
-            return 1
-        return sum(self.count(inner, depth + 1) for inner in _entries(value).values()) if depth <= DEPTH else 0
+    def count(self, value: Any) -> int:
+        """How many tensors are in it; each container is looked into once."""
+        found, waiting, seen = 0, [value], set()
+        while waiting:
+            one = waiting.pop()
+            if torch.is_tensor(one):
+                found += 1
+            elif id(one) not in seen:
+                seen.add(id(one))
+                waiting.extend(_entries(one).values())
+        return found
 
     def take(self, value: Any, prefix: str) -> None:
         """Add the weights in a container under `prefix`, and the names of the rest to what is passed over."""
