@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ STRENGTHS = tuple(float(10 ** (e / 2)) for e in range(-5, 2))
 START = 4
 DUAL_ROWS = 4000
 BLOCK = 4096
+STRIPS = 4
 
 Rows = Callable[[], Iterator[np.ndarray]]
 """Gives the rows anew in blocks, any float dtype, (m, dim), always in the same order."""
@@ -85,7 +87,12 @@ def cross_validate(rows: Rows, standard: Standard, targets: torch.Tensor, folds:
 def gram(rows: Rows, standard: Standard) -> torch.Tensor:
     """Inner products of all standardised rows, float32 (n, n), without the intercept."""
     x = _all(rows, standard)[:, :-1]
-    return x @ x.T
+    products = torch.empty(len(x), len(x))
+    edges = [round(i * len(x) / STRIPS) for i in range(STRIPS + 1)]
+    for top, bottom in pairwise(edges):  # the half below the diagonal; the other is its mirror
+        torch.mm(x[top:bottom], x[:bottom].T, out=products[top:bottom, :bottom])
+        products[:top, top:bottom] = products[top:bottom, :top].T
+    return products
 
 
 def cross_validate_gram(products: torch.Tensor, targets: torch.Tensor, folds: torch.Tensor, start: int) -> Path:
@@ -147,17 +154,18 @@ def _walk(solve: Callable[[float], torch.Tensor], targets: torch.Tensor, start: 
 
 def _dual(products: torch.Tensor, targets: torch.Tensor, folds: torch.Tensor) -> Callable[[float], torch.Tensor]:
     members = [[(f == k).nonzero()[:, 0] for k in range(int(f.max()) + 1)] for f in folds]
+    factor, inverse = torch.empty_like(products), torch.empty_like(products)
 
     def solve(strength: float) -> torch.Tensor:
-        shifted = products.clone()
-        shifted.diagonal().add_(strength)
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(shifted))
+        factor.copy_(products).diagonal().add_(strength)
+        torch.linalg.cholesky(factor, out=factor)
+        torch.cholesky_inverse(factor, out=inverse)
         weighted = inverse @ targets
         out = torch.empty(len(folds), *targets.shape)
         for r, repeat in enumerate(members):
             for fold in repeat:
-                factor = torch.linalg.cholesky(inverse[fold[:, None], fold])
-                out[r, fold] = targets[fold] - torch.cholesky_solve(weighted[fold], factor)
+                block = torch.linalg.cholesky(inverse.index_select(0, fold).index_select(1, fold))
+                out[r, fold] = targets[fold] - torch.cholesky_solve(weighted[fold], block)
         return out
 
     return solve
