@@ -340,6 +340,31 @@ def test_a_network_that_holds_nothing_or_ignores_the_picture_is_refused(tmp_path
     refused(save(tmp_path / "m.onnx", [constant]), "must depend on its input")
 
 
+def test_a_shape_of_a_fixed_batch_that_cannot_be_opened_says_how_to_export(tmp_path):
+    nodes = [
+        conv(output="a"),
+        helper.make_node("Transpose", ["a"], ["b"], perm=[1, 0, 2, 3]),
+        helper.make_node("Reshape", ["b", "s"], ["c"]),
+        helper.make_node("Gemm", ["c", "d"], ["y"]),
+    ]
+    constants = {"w": KERNEL, "s": np.array([4, 36]), "d": np.ones((36, 2), np.float32)}
+    path = save(tmp_path / "m.onnx", nodes, x=(1, 3, 8, 8), **constants)
+    refused(path, r"batch of 1, so export it with an open batch \(dynamic_axes or dynamic_shapes\)")
+
+
+def test_a_layer_of_constants_alone_is_refused_for_that(tmp_path):
+    inner = helper.make_node("Conv", ["k", "w"], ["v"])
+    nodes = [inner, conv(output="a"), helper.make_node("Add", ["a", "v"], ["y"])]
+    path = save(tmp_path / "m.onnx", nodes, x=(1, 3, 8, 8), w=KERNEL, k=np.ones((1, 3, 8, 8), "f"))
+    refused(path, r"\(it works on constants alone, .*\): export the network for inference")
+
+
+def test_weights_that_are_normalised_by_another_number_of_factors_are_refused(tmp_path):
+    norm = helper.make_node("BatchNormalization", ["w", *"smmm"], ["v"])
+    path = save(tmp_path / "m.onnx", [norm, conv("v")], w=KERNEL, s=np.ones(3, "f"), m=np.ones(4, "f"))
+    refused(path, "normalisation of shape")
+
+
 def test_an_output_that_mixes_the_pictures_of_a_batch_is_refused(tmp_path):
     nodes = [conv(output="a"), helper.make_node("Reshape", ["a", "s"], ["y"])]
     refused(save(tmp_path / "m.onnx", nodes, w=KERNEL, s=np.array([1, -1])), "a row for every picture")

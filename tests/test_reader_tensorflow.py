@@ -432,6 +432,97 @@ def test_a_graph_written_for_one_picture_takes_several(tmp_path):
     assert torch.equal(found, x.permute(0, 2, 3, 1).flatten(1))
 
 
+def truth(name: str, value: bool) -> bytes:
+    tensor = files.field(1, 10) + files.field(2, b"") + files.field(11, int(value))
+    return files.node(
+        name,
+        "Const",
+        (),
+        files.attribute("dtype", files.field(6, 10)),
+        files.attribute("value", files.field(8, tensor)),
+    )
+
+
+@pytest.mark.parametrize("value", [False, True])
+def test_a_branch_that_a_default_decides_is_the_only_one_that_is_read(tmp_path, value):
+    ways = [
+        files.function("twice", [files.node("y", "Add", ["x", "x"])], "y:z:0"),
+        files.function("none", [files.node("y", "Sub", ["x", "x"])], "y:z:0"),
+    ]
+    branches = [
+        files.attribute(f"{way}_branch", files.field(10, files.field(1, name)))
+        for way, name in (("then", "twice"), ("else", "none"))
+    ]
+    nodes = [
+        *(KERNEL, CONVOLUTION, truth("false", value)),
+        files.node("training", "PlaceholderWithDefault", ["false"]),
+        files.node("y", "If", ["training", "conv"], *branches),
+    ]
+    found = read_tensorflow_graph(frozen(tmp_path, *nodes, functions=tuple(ways)))
+    assert [step.kind for step in found.operations.steps] == ["Conv2d", "add" if value else "sub"]
+
+
+def test_ways_that_meet_are_followed_where_a_default_decides_and_refused_where_it_does_not(tmp_path):
+    def ways(decided_by: str) -> list[bytes]:
+        return [
+            *(KERNEL, CONVOLUTION, truth("false", False)),
+            files.node("switch", "Switch", ["conv", decided_by]),
+            files.node("drawn", "RandomUniform", ["switch:1"]),
+            files.node("plain", "Relu", ["switch"]),
+            files.node("y", "Merge", ["plain", "drawn"]),
+        ]
+
+    found = read_tensorflow_graph(frozen(tmp_path, *ways("false")))
+    assert [step.kind for step in found.operations.steps] == ["Conv2d", "ReLU"]
+    with pytest.raises(ReaderError, match=r"does Switch \(which way it goes depends on the picture\)"):
+        read_tensorflow_graph(frozen(tmp_path, *ways("conv")))
+
+
+@pytest.mark.parametrize(("rate", "kept"), [(0.0, True), (0.5, False)])
+def test_a_dropout_is_read_only_where_it_keeps_everything(tmp_path, rate, kept):
+    nodes = [
+        *(KERNEL, CONVOLUTION, files.constant("rate", np.array(rate, np.float32))),
+        files.constant("zero", np.array(0, np.float32)),
+        files.node("shape", "Shape", ["conv"]),
+        files.node("drawn", "RandomUniform", ["shape"]),
+        files.node("mask", "GreaterEqual", ["drawn", "rate"]),
+        files.node("y", "SelectV2", ["mask", "conv", "zero"]),
+    ]
+    path = frozen(tmp_path, *nodes)
+    if kept:
+        assert [step.kind for step in read_tensorflow_graph(path).operations.steps] == ["Conv2d"]
+    else:
+        with pytest.raises(ReaderError, match=r"'drawn' does RandomUniform \(it draws at random\)"):
+            read_tensorflow_graph(path)
+
+
+def test_a_step_that_others_only_wait_for_is_no_output(tmp_path):
+    checked = files.node("check", "IsFinite", ["images"])
+    path = frozen(tmp_path, KERNEL, CONVOLUTION, checked, files.node("y", "Relu", ["conv", "^check"]))
+    assert read_tensorflow_graph(path).operations.output == "y"
+
+
+def test_blocks_without_a_convolution_between_them_are_refused(tmp_path):
+    blocks = [files.constant("size", np.array([2, 2], np.int32)), files.constant("sides", np.zeros((2, 2), np.int32))]
+    apart = files.node("apart", "SpaceToBatchND", ["images", "size", "sides"])
+    joined = files.node("joined", "BatchToSpaceND", ["sum", "size", "sides"])
+    with pytest.raises(ReaderError, match=r"'sum' does Relu \(output 0 of the step 'apart' is needed"):
+        read_tensorflow_graph(frozen(tmp_path, *blocks, apart, files.node("sum", "Relu", ["apart"]), joined))
+    with pytest.raises(ReaderError, match=r"does BatchToSpaceND \(only a convolution may stand between blocks"):
+        read_tensorflow_graph(frozen(tmp_path, *blocks, files.node("sum", "Relu", ["images"]), joined))
+
+
+def test_a_mean_over_pictures_of_every_size_is_one_row_each(tmp_path):
+    path = tmp_path / "frozen.pb"
+    axes, mean = files.constant("axes", np.array([1, 2], np.int32)), files.node("y", "Mean", ["conv", "axes"])
+    path.write_bytes(files.graph([files.placeholder([-1, -1, -1, 3]), KERNEL, CONVOLUTION, axes, mean]))
+    assert module(read_tensorflow_graph(path))(torch.ones(2, 3, 4, 7)).shape == (2, 4)
+    batch = files.constant("axes", np.array([0], np.int32))
+    path.write_bytes(files.graph([files.placeholder([-1, -1, -1, 3]), KERNEL, CONVOLUTION, batch, mean]))
+    with pytest.raises(ReaderError, match="over the pictures of the batch"):
+        read_tensorflow_graph(path)
+
+
 def test_a_graph_for_pictures_of_every_size_is_read_without_one(tmp_path):
     path = tmp_path / "frozen.pb"
     path.write_bytes(files.graph([files.placeholder([-1, -1, -1, 3]), KERNEL, CONVOLUTION]))

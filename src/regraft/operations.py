@@ -165,6 +165,11 @@ def attention(
     return F.scaled_dot_product_attention(query, key, value, mask, scale=scale)
 
 
+def einsum(*tensors: torch.Tensor, equation: str) -> torch.Tensor:
+    """A sum of products, as the equation names their axes."""
+    return torch.einsum(equation, *tensors)
+
+
 def permute(x: torch.Tensor, dims: Sequence[int]) -> torch.Tensor:
     """Axes in another order."""
     return x.permute(*dims)
@@ -190,10 +195,12 @@ FUNCTIONS: dict[str, Callable[..., torch.Tensor]] = {
     "clamp": torch.clamp,
     "concat": concat,
     "div": operator.truediv,
+    "einsum": einsum,
     "erf": torch.erf,
     "exp": torch.exp,
     "expand": expand,
     "expand_batch": expand_batch,
+    "flip": torch.flip,
     "local_response_norm": local_response_norm,
     "log": torch.log,
     "matmul": torch.matmul,
@@ -204,6 +211,8 @@ FUNCTIONS: dict[str, Callable[..., torch.Tensor]] = {
     "neg": torch.neg,
     "pad": pad,
     "permute": permute,
+    "pixel_shuffle": F.pixel_shuffle,
+    "pixel_unshuffle": F.pixel_unshuffle,
     "pow": torch.pow,
     "reshape": reshape,
     "roll": torch.roll,
@@ -219,6 +228,8 @@ FUNCTIONS: dict[str, Callable[..., torch.Tensor]] = {
     "transpose": torch.transpose,
     "unsqueeze": torch.unsqueeze,
     "upsample": upsample,
+    "var": torch.var,
+    "vector_norm": torch.linalg.vector_norm,
     "where": torch.where,
 }
 """Functions of the tensors in `inputs`, then of `options` by keyword."""

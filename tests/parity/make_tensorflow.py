@@ -274,6 +274,41 @@ def activations(x):
     return a + tf.tanh(x) + tf.sigmoid(x) + tf.nn.log_softmax(x) + tf.nn.relu(x) + tf.nn.silu(x, 2.0)
 
 
+def enlarged(kernel, stride, padding, sizes):
+    """A transposed convolution to that height and width."""
+    return lambda x: (
+        tf.nn.conv2d_transpose(x, weight(*kernel, 3, 4), [tf.shape(x)[0], *sizes, 3], stride, padding) + 1.0
+    )
+
+
+def enlarged_twice(x):
+    size = tf.shape(x)
+    return tf.nn.conv2d_transpose(x, weight(3, 3, 2, 4), [size[0], size[1] * 2, size[2] * 2, 2], 2, "SAME")
+
+
+def within_blocks(x):
+    x = tf.space_to_batch_nd(x, [2, 3], [[1, 3], [2, 1]])
+    return tf.batch_to_space(tf.nn.conv2d(x, weight(2, 2, 4, 3), 1, "VALID"), [2, 3], [[1, 1], [0, 1]]) + weight(3)
+
+
+def training_or_not(x):
+    """A normalisation as programs of TensorFlow 1 have it, where it is said when they run whether they train."""
+    training = v1.placeholder_with_default(False, ())
+
+    def norm(train):
+        statistics = (None, None) if train else (weight(4), weight(4) ** 2)
+        return lambda: v1.nn.fused_batch_norm(x, weight(4), weight(4), *statistics, is_training=train)[0]
+
+    return tf.cond(training, norm(True), lambda: tf.cond(tf.logical_not(training), norm(False), norm(True))) * 2.0
+
+
+def dropout_of_nothing(x):
+    keep = v1.placeholder_with_default(1.0, ())
+    drawn = tf.random.uniform(tf.shape(x), seed=1)
+    x = tf.where(drawn >= 1.0 - keep, x / keep, 0.0) @ weight(8, 3)
+    return x / keep * tf.floor(keep + tf.random.uniform(tf.shape(x), seed=2))
+
+
 PICTURE, ROW, TOKENS = (6, 6, 4), (8,), (5, 4)
 OPERATIONS = {
     "explicit padding": (PICTURE, lambda x: tf.nn.conv2d(x, weight(3, 3, 4, 2), 2, [[0, 0], [1, 2], [0, 1], [0, 0]])),
@@ -345,6 +380,31 @@ OPERATIONS = {
     "activations": (ROW, activations),
     "gelu by error function": (ROW, lambda x: 0.5 * x * (1.0 + tf.math.erf(x / np.float32(np.sqrt(2.0))))),
     "gelu by tangent": (ROW, lambda x: tf.nn.gelu(x, True)),
+    "transposed": (PICTURE, enlarged((4, 4), 2, "SAME", (12, 12))),
+    "transposed to odd sizes": (PICTURE, enlarged((3, 2), 2, "SAME", (11, 12))),
+    "transposed valid": (PICTURE, enlarged((3, 2), 3, "VALID", (18, 19))),
+    "transposed with gaps": (PICTURE, enlarged((1, 2), 3, "SAME", (16, 18))),
+    "within blocks": (PICTURE, within_blocks),
+    "dilated depthwise": (
+        PICTURE,
+        lambda x: tf.nn.depthwise_conv2d(x, weight(3, 3, 4, 2), [1] * 4, "SAME", None, [2, 2]),
+    ),
+    "depth and space": (PICTURE, lambda x: tf.nn.space_to_depth(tf.nn.depth_to_space(x, 2) * 2.0, 3) + 1.0),
+    "einsum dense": (TOKENS, lambda x: tf.einsum("...x,xy->...y", x, weight(4, 3)) + weight(3)),
+    "einsum heads": (TOKENS, lambda x: tf.einsum("dhc,btc->bhtd", weight(2, 3, 4), x)),
+    "einsum joined": (PICTURE, lambda x: tf.einsum("bijc,jcd->bid", x, weight(6, 4, 2))),
+    "einsum attention": (
+        PICTURE,
+        lambda x: tf.einsum("bnts,bsnh->btnh", tf.nn.softmax(tf.einsum("btnh,bsnh->bnts", x * 0.3, x)), x),
+    ),
+    "einsum by head": (PICTURE, lambda x: tf.einsum("bthc,hcd->bthd", x, weight(6, 4, 3))),
+    "training or not": (PICTURE, training_or_not),
+    "dropout of nothing": (ROW, dropout_of_nothing),
+    "mean of open sizes": (
+        (None, None, 4),
+        lambda x: tf.reduce_mean(tf.nn.conv2d(x, weight(3, 3, 4, 2), 2, "SAME"), [1, 2]),
+    ),
+    "larger at open sizes": ((None, None, 4), enlarged_twice),
 }
 
 
@@ -356,7 +416,7 @@ def operations(out: Path, work: Path) -> None:
     for name, (shape, function) in OPERATIONS.items():
         traced = tf.function(function, autograph=False).get_concrete_function(tf.TensorSpec((None, *shape), tf.float32))
         frozen = convert_variables_to_constants_v2(traced)
-        x = random.normal(size=(2, *shape)).astype("f").round(2)
+        x = random.normal(size=(2, *(size or 6 for size in shape))).astype("f").round(2)
         definition = frozen.graph.as_graph_def()
         for node in definition.node:
             node.attr.pop("_output_shapes", None)

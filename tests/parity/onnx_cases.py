@@ -11,10 +11,11 @@ LAST = ["n", 6, 5, 4]
 CASES = {}
 
 
-def case(name, *nodes, shape=PICTURE, opset=17, positive=False, out=None, **constants):
+def case(name, *nodes, shape=PICTURE, opset=17, positive=False, out=None, turned=False, **constants):
     """A graph of `nodes`, each (operator, inputs, attributes), and its output for `rand` from seed 1.
 
-    `x` goes in, `@` is what the step before makes, and what the last one makes comes out.
+    `x` goes in, `@` is what the step before makes, and what the last one makes comes out. turned: it has the channels
+    last and is kept channels first.
     """
     steps, before = [], "x"
     tensors = {key: np.asarray(value) for key, value in constants.items()}
@@ -43,7 +44,7 @@ def case(name, *nodes, shape=PICTURE, opset=17, positive=False, out=None, **cons
         y = np.concatenate([run(data, feed[i : i + 1])[0] for i in range(2)])
     else:
         y = run(data, feed)[0]
-    CASES[name] = (data, x, y)
+    CASES[name] = (data, x, np.ascontiguousarray(y.transpose(0, 3, 1, 2)) if turned else y)
 
 
 def c(op, *inputs, **attributes):
@@ -57,7 +58,7 @@ def ints(*values):
 
 def all_cases():
     """By name: the file, the input (channels first) and the output."""
-    for group in (convolutions, pooling, norms, arithmetic, moves, resizing, channels_last, whole_batches):
+    for group in (convolutions, pooling, norms, arithmetic, moves, resizing, channels_last, whole_batches, places):
         group()
     return CASES
 
@@ -329,6 +330,35 @@ def moves():
     case("weights_turned", ("Transpose", ["h"], {"perm": [3, 2, 0, 1]}), ("Conv", ["x", "@"], {}), h=rand(3, 3, 4, 6))
 
 
+def places():
+    """Places that become channels, weights that are computed, and PyTorch's local response normalisation."""
+    w = {"w": rand(16, 4, 1, 1)}
+    for mode in ("DCR", "CRD"):
+        case(f"depth_to_space_{mode.lower()}", c("Conv", "w"), c("DepthToSpace", blocksize=2, mode=mode), **w)
+    case("space_to_depth", c("SpaceToDepth", blocksize=2), c("Conv", "w"), shape=["n", 4, 6, 4], w=rand(3, 16, 1, 1))
+    case("cast_like", c("Conv", "w"), c("CastLike", "half"), c("Add", "half"), half=np.float32(0.5), **w)
+    case(
+        "cast_like_constant",
+        *(c("Conv", "w"), ("CastLike", ["two", "Conv_0"], {}), ("Mul", ["Conv_0", "@"], {})),
+        two=np.int64(2),
+        **w,
+    )
+    counted = (("CumSum", ["ones", "last"], {}), ("Add", ["Conv_0", "@"], {}))
+    case(
+        "counted", c("Conv", "w"), *counted, ones=np.ones((4, 6, 5), np.float32), last=np.int64(-1), w=rand(4, 4, 1, 1)
+    )
+    planes = (c("Mul", "@"), c("Unsqueeze", "one"), c("Pad", "p"), c("AveragePool", kernel_shape=[5, 1, 1]))
+    sides = {"one": ints(1), "p": ints(0, 0, 2, 0, 0, 0, 0, 2, 0, 0)}
+    case("mean_of_planes", c("Conv", "w"), *planes, c("Squeeze", "one"), **sides, **w)
+    n = {"s": rand(6), "b": rand(6), "m": rand(6), "v": np.abs(rand(6)) + 0.3}
+    n |= {"k": rand(1, 6, 36), "t": ints(6, 4, 3, 3)}
+    for training in (0, 1):
+        outputs = ["normed", "mean", "var"][: 1 + 2 * training]
+        norm = ("BatchNormalization", ["k", "s", "b", "m", "v"], {"training_mode": training, "outputs": outputs})
+        steps = (norm, c("Reshape", "t"), ("Conv", ["x", "@"], {}))
+        case(f"weights_normalised_{training}", *steps, **n)
+
+
 def resizing():
     w = {"w": rand(1, 4, 1, 1)}
     whole, down = np.array([1, 1, 2, 3], np.float32), np.array([1, 1, 0.6, 0.5], np.float32)
@@ -385,8 +415,9 @@ def channels_last():
     )
     squeezed = (c("GlobalAveragePool"), c("Reshape", "s"), c("Sigmoid"), ("Mul", ["@", "Transpose_2"], {}))
     case("last_gate_by_shape", *first, inward, *squeezed, inward, s=ints(-1, 1, 1, 6), **kind)
-    case("last_softmax", *first, c("Softmax", axis=-1), **kind)
-    case("last_prelu", *first, c("PRelu", "p"), p=rand(1, 1, 6), **kind)
+    case("last_softmax", *first, c("Softmax", axis=-1), turned=True, **kind)
+    case("last_prelu", *first, c("PRelu", "p"), turned=True, p=rand(1, 1, 6), **kind)
+    case("last_map", *first, c("Add", "k"), c("Relu"), turned=True, **kind)
     case("last_padded", *first, c("Pad", "p"), inward, c("Conv", "w2"), p=ints(0, 1, 2, 0, 0, 3, 0, 0), **kind)
     case(
         "last_joined",
@@ -420,7 +451,7 @@ def channels_last():
         w3=rand(6, 4, 3, 3),
         **kind,
     )
-    case("last_picture_shifted", c("Sub", "mean"), *first, mean=rand(4), **kind)
+    case("last_picture_shifted", c("Sub", "mean"), *first, turned=True, mean=rand(4), **kind)
     n = {"g": rand(4), "o": rand(4), "m": rand(4), "v": np.abs(rand(4)) + 0.3}
     case(
         "last_picture_norm",
@@ -466,5 +497,6 @@ def whole_batches():
         u=ints(30, 1, 4),
         **w,
     )
+    case("one_grown", c("Conv", "w"), c("Resize", "", "", "s"), shape=one, s=ints(1, 4, 12, 10), **w)
     case("one_sliced", c("Conv", "w"), c("Slice", "s", "e", "s"), shape=one, s=ints(0), e=ints(1), **w)
     case("one_expanded", c("Conv", "w"), c("GlobalAveragePool"), c("Expand", "s"), shape=one, s=ints(1, 4, 3, 2), **w)

@@ -17,9 +17,10 @@ import numpy as np
 from regraft.readers.onnx.arithmetic import rows_alike
 from regraft.readers.onnx.constants import axes_of, integers, reshaped, slices, split_sizes
 from regraft.readers.onnx.layers import LOWEST
-from regraft.readers.onnx.steps import Known, Live, Node, Value, Writer, common_order
+from regraft.readers.onnx.steps import Known, Live, Node, Value, Writer, common_order, known
 
 _FAR = 2**31 - 1
+_MOST_CHANNELS = 1 << 20
 
 # ---- order and shape --------------------------------------------------------------------------------------------
 
@@ -177,6 +178,16 @@ def _cast(writer: Writer, node: Node) -> Live:
     return node.live()
 
 
+def _cast_like(writer: Writer, node: Node) -> Value:
+    """Beside a value that depends on the picture, which is float32, a constant becomes float32 too."""
+    x, like = node.inputs[:2]
+    if isinstance(x, Known):
+        return known([a.astype(np.float32) for a in x.arrays], x.name)
+    if isinstance(like, Known) and like.arrays[0].dtype.kind in "iub":
+        raise ValueError("rounding to whole numbers")
+    return node.live()
+
+
 def _dropout(writer: Writer, node: Node) -> Live:
     if any(node.wanted[1:]):
         raise ValueError("the mask of a dropout")
@@ -288,6 +299,30 @@ def _pad(writer: Writer, node: Node) -> Live:
     return writer.emit(node.name, "pad", [x], options)
 
 
+def _depth_to_space(writer: Writer, node: Node) -> Live:
+    """Channels laid out as squares of places; torch counts them by channel first (CRD), the default is by place."""
+    x, size = writer.plain(node.live()), int(node.attributes["blocksize"])
+    channels = x.size(1) // size**2
+    if node.attributes.get("mode", "DCR") == "DCR":
+        x = _taken(writer, node, x, 1, _turned_grid(size**2, channels))
+    return writer.emit(node.name, "pixel_shuffle", [x], {"upscale_factor": size})
+
+
+def _space_to_depth(writer: Writer, node: Node) -> Live:
+    x, size = writer.plain(node.live()), int(node.attributes["blocksize"])
+    y = writer.emit(node.name, "pixel_unshuffle", [x], {"downscale_factor": size})
+    if node.attributes.get("mode", "DCR") == "CRD":
+        return y
+    return _taken(writer, node, y, 1, _turned_grid(x.size(1), size**2))
+
+
+def _turned_grid(rows: int, columns: int) -> list[int]:
+    """Where the entries of a transposed table of (rows, columns) were before."""
+    if rows * columns > _MOST_CHANNELS:
+        raise ValueError(f"{rows * columns} channels")
+    return [row * columns + column for column in range(columns) for row in range(rows)]
+
+
 # ---- sums along axes --------------------------------------------------------------------------------------------
 
 
@@ -322,7 +357,9 @@ def _length(writer: Writer, node: Node) -> Live:
 
 AXIS_STEPS: dict[str, Callable[[Writer, Node], Value | list[Value | None]]] = {
     "Cast": _cast,
+    "CastLike": _cast_like,
     "Concat": _concat,
+    "DepthToSpace": _depth_to_space,
     "Dropout": _dropout,
     "Expand": _expand,
     "Flatten": _flatten,
@@ -337,6 +374,7 @@ AXIS_STEPS: dict[str, Callable[[Writer, Node], Value | list[Value | None]]] = {
     "ReduceSumSquare": _squares,
     "Reshape": _reshape,
     "Slice": _slice,
+    "SpaceToDepth": _space_to_depth,
     "Split": _split,
     "Squeeze": _squeeze,
     "Tile": _tile,

@@ -131,6 +131,19 @@ _POINTWISE: dict[str, Callable[..., Any]] = {
 }
 
 
+def _batch_norm(attributes: Attributes, inputs: Sequence[Any], opset: int, allowed: Allowance) -> Array:
+    """Normalisation of weights (weight standardisation); in training mode the statistics are those of x itself."""
+    x, scale, shift, mean, var = inputs
+    if any(v.shape != (x.shape[1],) for v in inputs[1:]):
+        raise ValueError(f"normalisation of shape {list(x.shape)} by {list(scale.shape)} factors")
+    axes = tuple(axis for axis in range(x.ndim) if axis != 1)
+    if attributes.get("training_mode", 0):
+        mean, var = x.mean(axes, dtype=np.float64), x.var(axes, dtype=np.float64)
+    scale, shift, mean, var = (np.reshape(v, [-1] + [1] * (x.ndim - 2)) for v in (scale, shift, mean, var))
+    found = (x - mean) / np.sqrt(var + float(attributes.get("epsilon", 1e-5))) * scale + shift
+    return np.asarray(found, dtype=x.dtype)
+
+
 def _cast(attributes: Attributes, inputs: Sequence[Any], opset: int, allowed: Allowance) -> Array:
     import onnx.helper
 
@@ -138,6 +151,10 @@ def _cast(attributes: Attributes, inputs: Sequence[Any], opset: int, allowed: Al
     if wanted.kind not in "fiub":  # the small floating types of other packages
         wanted = np.dtype(np.float32)
     return np.asarray(inputs[0].astype(wanted))
+
+
+def _cast_like(attributes: Attributes, inputs: Sequence[Any], opset: int, allowed: Allowance) -> Array:
+    return np.asarray(inputs[0].astype(inputs[1].dtype))
 
 
 def _concat(attributes: Attributes, inputs: Sequence[Any], opset: int, allowed: Allowance) -> Array:
@@ -150,6 +167,12 @@ def _constant_of_shape(attributes: Attributes, inputs: Sequence[Any], opset: int
     shape = integers(inputs[0])
     allowed.spend(_bytes(shape, value))
     return np.asarray(np.full(shape, value.reshape(-1)[0], value.dtype))
+
+
+def _cumulated(attributes: Attributes, inputs: Sequence[Any], opset: int, allowed: Allowance) -> Array:
+    if attributes.get("exclusive", 0) or attributes.get("reverse", 0):
+        raise ValueError("a sum of all that comes after, or without the last")
+    return np.asarray(np.cumsum(inputs[0], integers(inputs[1])[0], inputs[0].dtype))
 
 
 def _dequantize(attributes: Attributes, inputs: Sequence[Any], opset: int, allowed: Allowance) -> Array:
@@ -279,9 +302,12 @@ def _bytes(shape: Sequence[int], like: Array) -> int:
 
 
 _MOVES: dict[str, Callable[[Attributes, Sequence[Any], int, Allowance], Array | tuple[Array, ...]]] = {
+    "BatchNormalization": _batch_norm,
     "Cast": _cast,
+    "CastLike": _cast_like,
     "Concat": _concat,
     "ConstantOfShape": _constant_of_shape,
+    "CumSum": _cumulated,
     "DequantizeLinear": _dequantize,
     "Expand": _expand,
     "Flatten": _flatten,

@@ -39,6 +39,7 @@ STEPS: dict[str, Callable[[Writer, Node], Any]] = {
     **RESIZE_STEPS,
 }
 _DOMAINS = ("", "ai.onnx")
+_OPEN_BATCH = "export it with an open batch (dynamic_axes or dynamic_shapes)"
 _LEARN = {"ZipMap": "Identity", "Scaler": "Scaler"}
 """Of scikit-learn's operators: probabilities by class, which stay a row of numbers, and the scaling of inputs."""
 
@@ -133,11 +134,12 @@ def _ended(reading: _Reading, wanted: str) -> str:
         raise ReaderError(f"The output of a network must depend on its input; that of {reading.path} does not.")
     if not any(t.is_floating_point() for t in reading.writer.tensors.values()):
         raise ReaderError(f"A network must hold weights; {reading.path} holds none.")
-    value = reading.writer.plain(value)
+    if value.rank != 4 or value.order != reading.picture.order:  # maps of a channels-last graph come out as they go in
+        value = reading.writer.plain(value)
     if any(shape[:1] != (batch,) for shape, batch in zip(value.shapes, reading.picture.batches, strict=True)):
         raise ReaderError(
             f"A network must give a row for every picture; the output of {reading.path} is {list(value.shapes[0])} for "
-            f"{reading.picture.batches[0]} pictures: export it with an open batch."
+            f"{reading.picture.batches[0]} pictures: {_OPEN_BATCH}."
         )
     return value.step
 
@@ -210,7 +212,8 @@ def _folded(reading: _Reading, op: str, attributes: Mapping[str, Any], inputs: S
         arrays = [v.arrays[sight] if isinstance(v, Known) else None for v in inputs]
         found = fold(op, attributes, arrays, reading.opset, reading.allowed)
         if found is None:
-            raise ValueError("it is not among the operators that regraft knows")
+            alone = "it works on constants alone, which only simple operators may"
+            raise ValueError(alone if op in STEPS else "it is not among the operators that regraft knows")
         rows.append(found)
     name = max(givens, key=lambda v: v.arrays[0].size).name if givens else ""
     return [known(each * count if constant else each, name) for each in zip(*rows, strict=True)]
@@ -300,7 +303,11 @@ def _path(proto: Any) -> str:
 
 def _refused(reading: _Reading, proto: Any, reason: str) -> ReaderError:
     name, op = printable(proto.name or "".join(proto.output[:1]))[:100], printable(proto.op_type)[:40]
+    remedy = "export the network for inference, in floating numbers and with plain onnx.ai operators"
+    live = any(isinstance(reading.values.get(source), Live) for source in proto.input)
+    if reading.picture.fixed is not None and live and proto.op_type in STEPS and proto.domain in _DOMAINS:
+        remedy = f"it was written for a batch of {reading.picture.fixed}, so {_OPEN_BATCH}"
     return ReaderError(
-        f"Every step of {reading.path} must be one that regraft can follow; {name!r} ({op}) is not ({reason}): export "
-        "the network for inference, in floating numbers and with plain onnx.ai operators, or choose another one."
+        f"Every step of {reading.path} must be one that regraft can follow; {name!r} ({op}) is not ({reason}): "
+        f"{remedy}, or choose another one."
     )

@@ -188,6 +188,8 @@ def _max_pool(writer: Writer, node: Node) -> Live:
 
 def _average_pool(writer: Writer, node: Node) -> Live:
     """Average pooling; whether padding counts matters, so what torch cannot do is refused."""
+    if len(node.attributes.get("kernel_shape", ())) == 3:
+        return _average_of_planes(writer, node)
     x, options = _pooled(writer, node)
     if options["dilation"] != [1, 1]:
         raise ValueError("an average over dilated windows")
@@ -208,6 +210,20 @@ def _average_pool(writer: Writer, node: Node) -> Live:
             same = {"kernel": options["kernel_size"], "stride": options["stride"], "before": before}
             return writer.emit(node.name, "AverageSame", [x], same)
     raise ValueError(f"an average that leaves out padding of {pads}")
+
+
+def _average_of_planes(writer: Writer, node: Node) -> Live:
+    """The mean over neighbouring channels in PyTorch's local response normalisation, where x is (n, 1, c, h, w)."""
+    x, kernel = writer.plain(node.live()), [int(k) for k in node.attributes["kernel_shape"]]
+    window = _window(node, kernel)
+    still = window["stride"] == window["dilation"] == [1, 1, 1] and _pads(node, x, window) == [0] * 6
+    if x.rank != 5 or x.size(1) != 1 or kernel[1:] != [1, 1] or not still:
+        raise ValueError("pooling has two axes of places here, or goes over neighbouring channels")
+    y = writer.emit(f"{node.name}_planes", "squeeze", [x], {"dim": 1}, range(4))
+    y = writer.emit(f"{node.name}_planes", "transpose", [y], {"dim0": 1, "dim1": 2})
+    y = writer.emit(node.name, "AvgPool2d", [y], {"kernel_size": [kernel[0], 1], "stride": [1, 1]})
+    y = writer.emit(f"{node.name}_channels", "transpose", [y], {"dim0": 1, "dim1": 2})
+    return writer.emit(f"{node.name}_channels", "unsqueeze", [y], {"dim": 1}, range(5))
 
 
 def _pooled(writer: Writer, node: Node) -> tuple[Live, dict[str, list[int]]]:

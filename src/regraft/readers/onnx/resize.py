@@ -83,6 +83,8 @@ def _changes(node: Node, x: Live) -> dict[int, _Change]:
             scale = after[0] / before[0]
         else:
             raise ValueError("sizes that depend on the picture")
+        if node.fixed is not None and before == list(node.batches) and set(after) == {node.fixed}:
+            after = before  # the batch, stated as a size
         if max(after) > _LONGEST:
             raise ValueError(f"a picture of {max(after)} pixels a side")
         if after != before:

@@ -55,6 +55,35 @@ def _cast(step: Step) -> Value:
     return replace(cast, name=step.inputs[0].name)
 
 
+def _scaled(op: str) -> Write:
+    """A product or quotient; one by the number 1, as a dropout that is switched off leaves it, is no step."""
+
+    def scaled(step: Step) -> Value:
+        for place in (1, 0) if op == "Mul" else (1,):
+            other = step.inputs[1 - place]
+            if isinstance(other, Live) and _is(step.inputs[place], 1.0):
+                return other
+        return step.do(op, *step.inputs)
+
+    return scaled
+
+
+def _is(value: Value, number: float) -> bool:
+    return isinstance(value, Known) and all(a.ndim == 0 and a == number for a in value.arrays)
+
+
+def _chosen(step: Step) -> Value:
+    """One of two values by a mask; one truth value for all leaves that one alone, beside a number."""
+    mask, *values = step.inputs
+    for truth, (value, other) in ((1.0, values), (0.0, values[::-1])):
+        number = isinstance(other, Known) and all(a.ndim == 0 for a in other.arrays)
+        if _is(mask, truth) and (
+            number or (isinstance(other, Live) and other.shapes == getattr(value, "shapes", None))
+        ):
+            return value
+    return step.do("Where", *step.inputs)
+
+
 def _first(step: Step) -> Value:
     return step.inputs[0]
 
@@ -71,7 +100,7 @@ ARITHMETIC_STEPS: dict[str, Write] = {
     "AddV2": same("Add"),
     "Cast": _cast,
     "ClipByValue": same("Clip"),
-    "Div": same("Div"),
+    "Div": _scaled("Div"),
     "Equal": _numpy(np.equal),
     "Erf": same("Erf"),
     "Erfc": _erfc,
@@ -82,19 +111,25 @@ ARITHMETIC_STEPS: dict[str, Write] = {
     "GreaterEqual": _numpy(np.greater_equal),
     "Less": _numpy(np.less),
     "LessEqual": _numpy(np.less_equal),
+    "LogicalAnd": _numpy(np.logical_and),
+    "LogicalNot": _numpy(np.logical_not),
+    "LogicalOr": _numpy(np.logical_or),
     "Log": same("Log"),
     "Maximum": same("Max"),
     "Minimum": same("Min"),
-    "Mul": same("Mul"),
+    "Mul": _scaled("Mul"),
     "Neg": same("Neg"),
+    "OnesLike": _numpy(np.ones_like),
     "Pow": same("Pow"),
-    "RealDiv": same("Div"),
+    "RealDiv": _scaled("Div"),
     "Reciprocal": same("Reciprocal"),
     "Rsqrt": _rsqrt,
-    "SelectV2": same("Where"),
+    "Select": _chosen,
+    "SelectV2": _chosen,
     "Sqrt": same("Sqrt"),
     "Square": _square,
     "SquaredDifference": _squared_difference,
+    "ZerosLike": _numpy(np.zeros_like),
     "Sub": same("Sub"),
 }
 """What each of these operations is made of."""

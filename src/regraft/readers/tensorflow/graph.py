@@ -86,6 +86,7 @@ def _frozen_output(path: Path, graph: Graph, output: str | None) -> Ref:
         return parse_ref(output)
     read = {ref[0] for node in graph.nodes.values() for ref in node.inputs}
     ends = [name for name, node in graph.nodes.items() if name not in read and node.op not in _ASIDE]
+    ends = [name for name in ends if name not in graph.awaited] or ends
     if len(ends) != 1:
         listed = ", ".join(printable(name) for name in ends[:8]) or "none"
         raise ReaderError(

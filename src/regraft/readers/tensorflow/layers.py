@@ -4,19 +4,20 @@ Pictures of TensorFlow have their channels last. A layer that wants them second 
 back, and as turning is only written down, never done, all of that cancels out.
 
 Source: the operation definitions of TensorFlow 2 (`tensorflow/core/api_def/base_api`), whose default values count here:
-an attribute that has its default is left out of a SavedModel. Not covered: transposed convolutions, three dimensions.
+an attribute that has its default is left out of a SavedModel. Not covered: three dimensions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from regraft.readers.onnx.constants import integers
 from regraft.readers.onnx.steps import Known, Live, Value, known
+from regraft.readers.tensorflow.einsum import einsum
 from regraft.readers.tensorflow.steps import Step, Write
 
 
@@ -71,6 +72,48 @@ def _convolution(step: Step) -> Value:
     return _back(step, step.do("Conv", picture.x, turned, group=groups, **_window(step, picture)))
 
 
+def _transposed(step: Step) -> Value:
+    """The gradient of a convolution as a layer: inputs are the sizes of the result, a kernel (h, w, out, in) and x.
+
+    What the forward convolution padded is cut off again; where it left rows out at the end, these are made.
+    """
+    sizes, kernel = step.inputs[0], step.constant(1)
+    picture = _picture(replace(step, inputs=step.inputs[2:]))
+    window = _window(step, picture)
+    if not isinstance(sizes, Known) or kernel.ndim != 4 or "auto_pad" not in window:
+        raise ValueError("its size depends on the picture, or its padding is given by number")
+    reach = [(k - 1) * d + 1 for k, d in zip(kernel.shape, window.get("dilations", [1, 1]), strict=False)]
+    places = (1, 2) if picture.form == "NHWC" else (2, 3)
+    begin, end, extra = [], [], []
+    for axis, place in enumerate(places):
+        wanted = [integers(a)[place] for a in sizes.arrays]
+        before = [shape[2 + axis] for shape in picture.x.shapes]
+        losses = {(b - 1) * window["strides"][axis] + reach[axis] - w for b, w in zip(before, wanted, strict=True)}
+        if len(losses) != 1:
+            raise ValueError("its padding varies with the size of the picture")
+        loss = losses.pop()
+        begin.append(max(loss, 0) // 2)
+        end.append(max(loss, 0) - begin[-1])
+        extra.append(max(-loss, 0))
+    turned = step.do("Transpose", step.inputs[1], perm=[3, 2, 0, 1])
+    options = {**window, "auto_pad": "NOTSET", "pads": begin + end, "output_padding": extra}
+    return _back(step, step.do("ConvTranspose", picture.x, turned, **options))
+
+
+def dilated(step: Step, blocks: Sequence[int], pads: Sequence[Sequence[int]]) -> Step:
+    """A convolution within blocks of a picture that was taken apart, as one on the whole picture.
+
+    pads: (before, after) of height and width.
+    """
+    given = step.attributes.get("dilations", [1, 1, 1, 1])
+    usual = step.text("padding", "VALID") == "VALID" and step.text("data_format", "NHWC") == "NHWC"
+    if not usual or {*step.attributes["strides"], *given} != {1} or min(map(min, pads)) < 0:
+        raise ValueError("only a plain convolution may stand between blocks")
+    sides = [0, 0, *pads[0], *pads[1], 0, 0]
+    own = {"dilations": [1, *blocks, 1], "padding": "EXPLICIT", "explicit_paddings": sides}
+    return replace(step, attributes={**step.attributes, **own})
+
+
 def _depthwise(step: Step) -> Value:
     """Kernels are (height, width, in, multiplier); output c * multiplier + m belongs to channel c, as in torch."""
     picture = _picture(step)
@@ -97,10 +140,23 @@ def _bias(step: Step) -> Value:
 
 
 def _fused_norm(step: Step) -> Value:
-    if step.attributes.get("is_training", True):
-        raise ValueError("it normalises by the batch, as in training")
     x, epsilon = _picture(step).x, step.number("epsilon", 1e-4)
+    if step.attributes.get("is_training", True):
+        return _rows_normed(step, x, epsilon)
     return _back(step, step.do("BatchNormalization", x, *step.inputs[1:5], epsilon=epsilon))
+
+
+def _rows_normed(step: Step, x: Live, epsilon: float) -> Value:
+    """Layer normalisation as Keras 2 writes it: every row as a channel of one picture, normalised as in training."""
+    factors, shifts = step.inputs[1:3]
+    plain = all(
+        isinstance(v, Known) and all(np.all(a == number) for a in v.arrays) for v, number in ((factors, 1), (shifts, 0))
+    )
+    if not plain or step.text("data_format", "NHWC") != "NCHW" or any(shape[0] != 1 for shape in x.shapes):
+        raise ValueError("it normalises by the batch, as in training")
+    options = {"normalized_shape": [x.size(2), x.size(3)], "eps": epsilon, "elementwise_affine": False}
+    writer = step.setting.writer
+    return writer.emit(step.name, "LayerNorm", [writer.plain(x)], options)
 
 
 def batch_norm(step: Step) -> Value:
@@ -161,6 +217,15 @@ def _resized(mode: str) -> Write:
     return resized
 
 
+def _blocks(op: str) -> Write:
+    """Places that become channels, or the other way round."""
+
+    def moved(step: Step) -> Value:
+        return _back(step, step.do(op, _picture(step).x, blocksize=int(step.attributes["block_size"]), mode="DCR"))
+
+    return moved
+
+
 def _activation(kind: str, **options: tuple[str, float]) -> Write:
     """A layer of torch; options: of each of its arguments, the attribute of TensorFlow and its default."""
     return lambda step: step.layer(kind, **{own: step.number(*theirs) for own, theirs in options.items()})
@@ -173,7 +238,10 @@ LAYER_STEPS: dict[str, Write] = {
     "BatchMatMulV3": _product,
     "BiasAdd": _bias,
     "Conv2D": _convolution,
+    "Conv2DBackpropInput": _transposed,
+    "DepthToSpace": _blocks("DepthToSpace"),
     "DepthwiseConv2dNative": _depthwise,
+    "Einsum": einsum,
     "FusedBatchNorm": _fused_norm,
     "FusedBatchNormV2": _fused_norm,
     "FusedBatchNormV3": _fused_norm,
@@ -182,6 +250,7 @@ LAYER_STEPS: dict[str, Write] = {
     "MaxPool": _pooling("MaxPool"),
     "ResizeBilinear": _resized("linear"),
     "ResizeNearestNeighbor": _resized("nearest"),
+    "SpaceToDepth": _blocks("SpaceToDepth"),
     "Elu": _activation("ELU"),
     "LeakyRelu": _activation("LeakyReLU", negative_slope=("alpha", 0.2)),
     "LogSoftmax": lambda step: step.do("LogSoftmax", step.inputs[0], axis=-1),

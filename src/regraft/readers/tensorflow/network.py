@@ -25,23 +25,27 @@ from regraft.readers.onnx.steps import Known, Live, Value, Writer, safe_name
 from regraft.readers.onnx.tensors import Allowance
 from regraft.readers.tensorflow.arithmetic import ARITHMETIC_STEPS
 from regraft.readers.tensorflow.axes import AXIS_STEPS
-from regraft.readers.tensorflow.layers import LAYER_STEPS, batch_norm
-from regraft.readers.tensorflow.nodes import Graph, GraphNode, Ref
+from regraft.readers.tensorflow.draws import DRAWS, Drawn, follow
+from regraft.readers.tensorflow.layers import LAYER_STEPS, batch_norm, dilated
+from regraft.readers.tensorflow.nodes import SWITCHES, Graph, GraphNode, Ref
 from regraft.readers.tensorflow.patterns import find_curve, find_norm
 from regraft.readers.tensorflow.steps import Setting, Step
 from regraft.readers.tensorflow.tensors import FLOATS, STRING, Array, read_array
 
 STEPS = {**LAYER_STEPS, **AXIS_STEPS, **ARITHMETIC_STEPS}
-"""An operation that is not in this list is refused: so are all that touch files, run Python, hash, draw or branch."""
+"""An operation that is not in this list is refused: so are all that touch files, run Python or hash, and those that
+draw or branch, but for draws that cannot matter and ways that a constant decides."""
 
 VARIABLES = ("VarHandleOp", "VariableV2", "Variable")
 LEAVES = ("ReadVariableOp", "Placeholder", "Const", *VARIABLES)
-BATCHES = (2, 3)
-OPEN_SIZES = ((320, 288), (353, 417))
+BATCHES = (2, 3, 2)
+"""The batches to watch; of the first two sights nothing else differs, which shows where the pictures lie."""
+OPEN_SIZES = ((320, 288), (320, 288), (353, 417))
 """Heights and widths to watch where the file leaves them open; odd ones too, which halve and double to other sizes."""
 LARGEST_VALUE = 1 << 28
 """The most numbers that one value may hold for one picture."""
 CHANNELS = (1, 3, 4)
+CONVOLUTIONS = ("Conv2D", "DepthwiseConv2dNative")
 
 _TROUBLE = (ValueError, TypeError, KeyError, IndexError, RuntimeError, AttributeError, ArithmeticError)
 
@@ -66,11 +70,16 @@ class Source:
 
 @dataclass
 class _Reading:
-    """One pass over a graph: what was written, and what each output of a node is."""
+    """One pass over a graph: what was written, and what each output of a node is.
+
+    untaken: the nodes on ways that are not gone; drawn: those whose numbers are drawn at random.
+    """
 
     source: Source
     setting: Setting
     values: dict[Ref, Value] = field(default_factory=dict)
+    untaken: set[str] = field(default_factory=set)
+    drawn: dict[str, Drawn] = field(default_factory=dict)
 
 
 def write_network(source: Source) -> tuple[Operations, dict[str, torch.Tensor], tuple[int, ...] | None]:
@@ -158,6 +167,10 @@ def _outputs(reading: _Reading, node: GraphNode) -> list[Value]:
         return [_variable(reading, node)]
     if node.op == "Placeholder":
         raise ValueError("a second input")
+    for special in (_untaken, _drawn, _between_blocks):
+        aside = special(reading, node)
+        if aside is not None:
+            return aside
     if node.op not in STEPS:
         raise ValueError("not one of the operations that regraft knows")
     inputs = tuple(_read(reading, ref) for ref in node.inputs)
@@ -204,6 +217,81 @@ def _step_name(name: str) -> str:
     """What a step is called: the names of the calls that it lay in are left out where they say no more than that."""
     scopes = [s for s in name.split("/") if not re.fullmatch(r"(Stateful)?PartitionedCall(_\d+)?", s)]
     return safe_name("/".join(scopes) or name)
+
+
+# ---- ways, draws and blocks ---------------------------------------------------------------------------------------
+
+
+def _below(reading: _Reading, node: GraphNode) -> list[str]:
+    """The nodes that a node reads."""
+    return [reading.source.graph.resolve(ref)[0] for ref in node.inputs]
+
+
+def _untaken(reading: _Reading, node: GraphNode) -> list[Value] | None:
+    """What a node gives that stands on a way that is not gone, or where ways meet; None for all others."""
+    below = _below(reading, node)
+    if node.op in ("Merge", "RefMerge"):
+        taken = [ref for ref, name in zip(node.inputs, below, strict=True) if name not in reading.untaken]
+        if len(taken) > 1:
+            raise ValueError("which way it goes depends on the picture")
+        if taken:
+            return [_read(reading, taken[0])]
+    if node.op in SWITCHES and reading.source.graph.choice(node.inputs[1]) is None:
+        raise ValueError("which way it goes depends on the picture")
+    if node.op not in SWITCHES and reading.untaken.isdisjoint(below):  # a switch is met by the way that it does not go
+        return None
+    reading.untaken.add(node.name)
+    return []
+
+
+def _drawn(reading: _Reading, node: GraphNode) -> list[Value] | None:
+    """What a node makes of numbers drawn at random; None where it has none. ReaderError where they matter."""
+    found = [reading.drawn.get(name) for name in _below(reading, node)]
+    if node.op in DRAWS:
+        reading.drawn[node.name] = Drawn(node)
+        return []
+    first = next((d for d in found if d is not None), None)
+    if first is None:
+        return None
+    made = follow(node.op, [d or _read(reading, ref) for d, ref in zip(found, node.inputs, strict=True)])
+    if made is None:
+        raise _refused(reading.source, first.node, ValueError("it draws at random"))
+    if isinstance(made, Drawn):
+        reading.drawn[node.name] = made
+        return []
+    return [Known((np.asarray(made),) * len(BATCHES))]
+
+
+def _between_blocks(reading: _Reading, node: GraphNode) -> list[Value] | None:
+    """A dilated convolution, which TensorFlow writes as one within blocks; all of it where the blocks are joined."""
+    graph = reading.source.graph
+    if node.op == "SpaceToBatchND":
+        return []
+    under = graph.node(_below(reading, node)[0]) if node.inputs else None
+    if node.op in CONVOLUTIONS and under is not None and under.op == "SpaceToBatchND":
+        return []
+    if node.op != "BatchToSpaceND" or under is None:
+        return None
+    first = graph.node(_below(reading, under)[0]) if under.op in CONVOLUTIONS else under
+    if first.op != "SpaceToBatchND":
+        raise ValueError("only a convolution may stand between blocks")
+    inputs = (_read(reading, first.inputs[0]), _read(reading, under.inputs[1]))
+    blocks, sides = (_known(reading, ref) for ref in first.inputs[1:])
+    again, cut = (_known(reading, ref) for ref in node.inputs[1:])
+    pads = [(a - b).tolist() for a, b in zip(sides.arrays, cut.arrays, strict=True)]
+    same = np.array_equal(blocks.constant, again.constant) and pads == pads[:1] * len(pads)
+    if not same or blocks.constant.shape != (2,):
+        raise ValueError("its blocks must be of height and width, the same for every size of picture")
+    step = Step(_step_name(under.name), under.op, under.attributes, inputs, reading.setting)
+    written = STEPS[under.op](dilated(step, blocks.constant.tolist(), pads[0]))
+    return written if isinstance(written, list) else [written]
+
+
+def _known(reading: _Reading, ref: Ref) -> Known:
+    found = _read(reading, ref)
+    if not isinstance(found, Known):
+        raise ValueError("its blocks depend on the picture")
+    return found
 
 
 # ---- what is spelled out ----------------------------------------------------------------------------------------

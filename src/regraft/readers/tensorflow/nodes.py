@@ -3,6 +3,7 @@
     a call node            NODE = PartitionedCall(x, w)        f(a, b) = out: Mul:z:0
     becomes                NODE/Mul = Mul(x, w)                whoever reads NODE:0 reads NODE/Mul:0
 
+An `If`, and the `Switch` of TensorFlow 1, with a constant truth value goes the one way that it can.
 Only calls that something reads are replaced, and the whole may not grow beyond MOST nodes. Knows names and edges, not
 what an operation does. Edges that only order side effects are dropped: there is nothing here that has any.
 """
@@ -22,6 +23,9 @@ MOST = 100_000
 HOPS = 256
 LONGEST_NAME = 4096
 CALLS = ("PartitionedCall", "StatefulPartitionedCall")
+BRANCHES = ("If", "StatelessIf")
+SWITCHES = ("Switch", "RefSwitch")
+BOOL = 10
 SAME = ("Identity", "StopGradient", "PreventGradient", "Snapshot", "EnsureShape", "ReadVariableOp")
 """Operations whose first output is their first input; the read of a variable is one when its handle is asked for."""
 
@@ -61,10 +65,14 @@ class Function:
 
 @dataclass
 class Graph:
-    """Nodes by name, and functions by name; grows while calls are replaced."""
+    """Nodes by name, and functions by name; grows while calls are replaced.
+
+    awaited: the nodes that others only wait for, which are no outputs.
+    """
 
     nodes: dict[str, GraphNode]
     functions: dict[str, Message]
+    awaited: set[str] = field(default_factory=set)
     _read: dict[str, Function] = field(default_factory=dict)
     _results: dict[str, tuple[Ref, ...]] = field(default_factory=dict)
 
@@ -72,6 +80,9 @@ class Graph:
         """The output of an operation that is no call; ValueError where there is none of that name."""
         for _ in range(LONGEST_NAME):
             node = self.node(ref[0])
+            if node.op in SWITCHES and len(node.inputs) == 2 and self.choice(node.inputs[1]) == ref[1]:
+                ref = node.inputs[0]
+                continue
             called = self._called(node)
             if not called:
                 return ref
@@ -96,6 +107,20 @@ class Graph:
                 return ref
             ref = node.inputs[0]
         raise ValueError(f"the step {ref[0]!r} hands on what {HOPS} others hand on")
+
+    def choice(self, ref: Ref) -> bool | None:
+        """The truth value that a constant holds, also one that a caller could have replaced; None for all others."""
+        negated = False
+        for _ in range(HOPS):
+            node = self.node(ref[0])
+            tensor = node.attributes.get("value") if node.op == "Const" else None
+            if isinstance(tensor, Message) and tensor.integer(1) == BOOL:
+                return _truth(tensor) != negated
+            if node.op not in (*SAME, *SWITCHES, "PlaceholderWithDefault", "LogicalNot") or not node.inputs:
+                break
+            negated ^= node.op == "LogicalNot"
+            ref = node.inputs[0]
+        return None
 
     def in_order(self, last: Ref, leaves: Collection[str]) -> Iterator[GraphNode]:
         """The nodes that `last` needs, inputs first; nodes of the operations `leaves` count as having no inputs.
@@ -128,6 +153,10 @@ class Graph:
     def _called(self, node: GraphNode) -> str:
         if node.op in CALLS:
             return str(node.attributes.get("f", ""))
+        if node.op in BRANCHES and node.inputs:
+            choice = self.choice(node.inputs[0])
+            branch = "then_branch" if choice else "else_branch"
+            return "" if choice is None else str(node.attributes.get(branch, ""))
         return node.op if node.op in self.functions else ""
 
     def _replace(self, node: GraphNode, called: str) -> tuple[Ref, ...]:
@@ -138,11 +167,12 @@ class Graph:
             raise ValueError("its functions call one another without end")
         function = self._read.get(called) or _read_function(self.functions[called])
         self._read[called] = function
-        if len(function.inputs) != len(node.inputs):
-            raise ValueError(f"the function {called!r} takes {len(function.inputs)} inputs, not {len(node.inputs)}")
+        given = node.inputs[1:] if node.op in BRANCHES else node.inputs
+        if len(function.inputs) != len(given):
+            raise ValueError(f"the function {called!r} takes {len(function.inputs)} inputs, not {len(given)}")
         if len(self.nodes) + len(function.bodies) > MOST:
             raise ValueError(f"it has more than {MOST:,} steps")
-        arguments = dict(zip(function.inputs, node.inputs, strict=True))
+        arguments = dict(zip(function.inputs, given, strict=True))
         for body, texts in function.bodies:
             inputs = tuple(_in_function(text, arguments, node.name) for text in texts)
             self._add(GraphNode(f"{node.name}/{body.name}", body.op, inputs, body.proto))
@@ -165,7 +195,13 @@ def read_graph(proto: Message) -> Graph:
     for body in bodies:
         inputs = tuple(parse_ref(text) for text in body.texts(3) if text[:1] != "^")
         graph._add(GraphNode(body.text(1), body.text(2), inputs, body))
+        graph.awaited.update(text[1:] for text in body.texts(3) if text[:1] == "^")
     return graph
+
+
+def _truth(tensor: Message) -> bool:
+    """The one truth value of a tensor."""
+    return any(tensor.content(4)) if tensor.has(4) else any(tensor.integers(11))
 
 
 def _read_function(proto: Message) -> Function:
