@@ -259,7 +259,24 @@ def written(m, x):
     return y.flatten(1)
 
 
+def resized(m, x):
+    up = nn.functional.interpolate
+    y = up(x, scale_factor=2) + up(x, size=(28, 28), mode="bilinear") + up(x, scale_factor=2.0, mode="bicubic")
+    y = y + up(x, size=28, mode="nearest-exact") + up(x, scale_factor=2, mode="bilinear", align_corners=True)
+    return up(up(y, scale_factor=(0.5, 0.25), mode="bilinear"), size=(5, 9), mode="bicubic", align_corners=True)
+
+
+def summed(m, x):
+    a, b = torch.stack([x, x * 2], 2), torch.stack([x, -x], -1)
+    c = torch.einsum("bchw, bdhw -> bcd", x, x) + torch.einsum("bchw,dc->bd", x, m.w)[:, None]
+    var, mean = torch.var_mean(x, (2, 3), correction=0)
+    var = torch.addcmul(m.w[0], var, mean[:, :1].expand_as(var))
+    numbers = [x.norm(dim=1).mean(2), torch.linalg.vector_norm(x, 1, (2, 3)), x.var((1, 2)), var, mean, c.flatten(1)]
+    return torch.cat([*numbers, a.mean((3, 4)).flatten(1), b.mean((2, 3)).flatten(1)], 1)
+
+
 LAYERS = {
+    "sums and stacks": lambda: Of(summed, w=nn.Parameter(torch.randn(3, 3))),
     "activations": lambda: nn.Sequential(
         *(nn.SELU(), nn.ELU(0.5), nn.Hardtanh(-2, 2), nn.Tanh(), nn.GELU("tanh"), nn.GELU()),
         *(nn.SiLU(), nn.Sigmoid(), nn.Hardswish(), nn.Hardsigmoid(), nn.LogSoftmax(1), nn.Flatten()),
@@ -307,6 +324,20 @@ def test_operations_of_the_list_give_what_torch_gives(tmp_path, kind, decomposed
         assert_same(path, module, tolerance=2e-5)
 
 
+@pytest.mark.parametrize("shapes", [None, FREE], ids=["two pictures", "free"])
+def test_pictures_of_another_size_are_those_of_torch(tmp_path, shapes):
+    module = Of(resized).eval()
+    assert_same(exported(tmp_path / "a.pt2", module, shapes=shapes), module, tolerance=1e-5)
+
+
+@pytest.mark.parametrize("shapes", [None, FREE], ids=["two pictures", "free"])
+def test_norms_of_single_pictures_and_shuffled_pixels_are_those_of_torch(tmp_path, shapes):
+    norms = (nn.InstanceNorm2d(8, affine=True), nn.ReLU(), nn.InstanceNorm2d(8))
+    module = drawn(nn.Sequential(nn.Conv2d(3, 8, 3), *norms, nn.PixelShuffle(2), nn.PixelUnshuffle(3), nn.Flatten()))
+    _, network = assert_same(exported(tmp_path / "a.pt2", module, shapes=shapes), module, tolerance=1e-5)
+    assert isinstance(network.get_submodule("1"), nn.GroupNorm)
+
+
 def test_constants_are_not_trained_and_parameters_are(tmp_path):
     module = LAYERS["a bare product"]().eval()
     found, network = assert_same(exported(tmp_path / "a.pt2", module), module)
@@ -345,6 +376,7 @@ REFUSED = {
         lambda: Of(lambda m, x: x.mean((2, 3)) + m.w, w=nn.Parameter(torch.ones(2, 3))),
         "every picture",
     ),
+    "products of all pictures": (lambda: Of(lambda m, x: torch.einsum("bchw,dchw->bd", x, x)), "across the pictures"),
     "several outputs": (lambda: Of(lambda m, x: (x + 1, x * 2)), "2 outputs"),
     "an old view of what was written": (lambda: Of(seen_after_writing), "views"),
     "weights that are computed": (

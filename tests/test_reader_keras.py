@@ -87,8 +87,9 @@ def test_a_layer_gives_what_it_gives_in_keras(version, name):
         weights[(layer.name,)] = {role.names[0]: value for role, value in zip(roles(layer), own, strict=True)}
     operations, tensors, _ = network(model, weights, version=version)
     operations = operations_from_json(json.loads(json.dumps(operations.to_json(), allow_nan=False)))
+    expected = torch.from_numpy(y) if y.ndim == 3 else pictures(y)
     with torch.no_grad():
-        torch.testing.assert_close(build(operations, tensors)(pictures(x)), pictures(y), **CLOSE)
+        torch.testing.assert_close(build(operations, tensors)(pictures(x)), expected, **CLOSE)
 
 
 @pytest.mark.parametrize("name", ["keras2.h5", "keras3.keras"])
@@ -110,6 +111,77 @@ def test_a_frozen_network_inside_another_gets_its_own_weights(files, name):
     assert checkpoint.input_shape == (3, 7, 6) == tuple(x.shape[1:])
     assert {"base.conv.weight", "base.bn.running_var", "head.bias"} <= checkpoint.tensors.keys()
     torch.testing.assert_close(built(checkpoint)(x).detach(), torch.from_numpy(known["output"]), **CLOSE)
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_operations_without_a_layer_are_read_from_hdf5(files, version):
+    checkpoint = read_keras(files / f"keras{version}_operations.h5")
+    known = np.load(files / f"keras{version}_operations.npz")
+    output = torch.from_numpy(known["output"])
+    with torch.no_grad():
+        torch.testing.assert_close(built(checkpoint)(pictures(known["input"])), output, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("end", ["h5", "keras"])
+@pytest.mark.parametrize("version", [2, 3])
+def test_attention_gives_what_it_gives_in_keras(files, version, end):
+    checkpoint = read_keras(files / f"keras{version}_tokens.{end}")
+    known = np.load(files / f"keras{version}_tokens.npz")
+    assert {"attention.query.weight", "attention.output.bias", "reads.key.weight"} <= checkpoint.tensors.keys()
+    output = torch.from_numpy(known["output"])
+    torch.testing.assert_close(built(checkpoint)(pictures(known["input"])).detach(), output, **CLOSE)
+
+
+def changed_in_hdf5(files, tmp_path, change):
+    """keras2_operations.h5 with another description."""
+    place = shutil.copy(files / "keras2_operations.h5", tmp_path / "changed.h5")
+    with h5py.File(place, "r+") as file:
+        config = json.loads(file.attrs["model_config"])
+        change({layer["name"]: layer for layer in config["config"]["layers"]})
+        file.attrs["model_config"] = json.dumps(config)
+    return place
+
+
+def _function(name):
+    def change(layers):
+        next(one for one in layers.values() if one["class_name"] == "TFOpLambda")["config"]["function"] = name
+
+    return change
+
+
+def _slice_of_examples(layers):
+    for one in layers.values():
+        if one["class_name"] == "SlicingOpLambda":
+            one["inbound_nodes"][0][3] = {"slice_spec": [{"start": 1, "stop": None, "step": None}]}
+
+
+def _called(value):
+    def change(layers):
+        next(one for one in layers.values() if one["class_name"] == "TFOpLambda")["inbound_nodes"][0][3]["y"] = value
+
+    return change
+
+
+OF_TENSORFLOW = {
+    "a file": (_function("io.write_file"), "is a TFOpLambda"),
+    "a function by another path": (_function("os.system"), "is a TFOpLambda"),
+    "no name": (_function(["math.add"]), "is a TFOpLambda"),
+    "a slice in the wrong class": (_function("__operators__.getitem"), "is a TFOpLambda"),
+    "examples left out": (_slice_of_examples, "every example"),
+    "a number that is none": (_called(float("nan")), "not the output of a layer"),
+    "a number that no tensor holds": (_called(10**400), "not the output of a layer"),
+    "an object": (_called({"class_name": "Lambda"}), "not the output of a layer"),
+    "nothing": (_called(None), "found 1"),
+    "an empty list": (_called([]), "not the output of a layer"),
+    "too many numbers": (_called([1.0] * 5), "must fit"),
+}
+
+
+@pytest.mark.parametrize(("change", "words"), OF_TENSORFLOW.values(), ids=list(OF_TENSORFLOW))
+def test_functions_of_tensorflow_beside_the_plain_ones_are_refused(files, tmp_path, change, words):
+    with pytest.raises(ReaderError, match=words) as refused:
+        read_keras(changed_in_hdf5(files, tmp_path, change))
+    assert "\n" not in str(refused.value)
 
 
 def test_steps_are_named_after_the_layers_as_attributes_can_be(files):

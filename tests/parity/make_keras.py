@@ -56,6 +56,26 @@ def frozen_inside(channels_first=False):
     return keras.Model(picture, L.Dense(2, name="head")(x), name="transfer")
 
 
+def operations():
+    """Bare operations on tensors and numbers, and preprocessing as Keras' own networks have it."""
+    x = picture = keras.Input((6, 5, 3), name="picture")
+    x = keras.applications.resnet50.preprocess_input(x * 255.0)
+    x = keras.applications.densenet.preprocess_input(x / 200.0 - 0.25)
+    y = L.Conv2D(3, 3, padding="same", name="conv")(x)
+    x = (1.0 - x) + y * 0.5 - x * y
+    return keras.Model(picture, L.Dense(2, name="head")(L.GlobalAveragePooling2D(name="mean")(-x)), name="net")
+
+
+def tokens():
+    """Attention over the places of a picture."""
+    x = picture = keras.Input((6, 4, 3), name="picture")
+    x = L.Reshape((6, 4), name="rows")(L.Conv2D(4, (1, 4), name="conv")(x))
+    y = L.LayerNormalization(name="norm")(x)
+    x = L.Add(name="add")([x, L.MultiHeadAttention(2, 3, value_dim=5, name="attention")(y, y)])
+    y = L.MultiHeadAttention(2, 2, use_bias=False, name="reads")(query=L.Dense(3, name="dense")(x), value=x, key=y)
+    return keras.Model(picture, L.GlobalAveragePooling1D(name="mean")(y), name="net")
+
+
 def perturb(model):
     """Weights and statistics of which no two are alike."""
     for variable in model.weights:
@@ -94,6 +114,17 @@ def write_networks():
         model.save(FILES / "keras2.h5", include_optimizer=False)
     names = ("leaky", "depthwise", "add", "pool")
     np.savez(FILES / f"keras{VERSION}.npz", **outputs(model, x, names))
+
+    model = operations()
+    perturb(model)
+    model.save(FILES / f"keras{VERSION}_operations.h5")
+    np.savez(FILES / f"keras{VERSION}_operations.npz", **outputs(model, coarse((2, 6, 5, 3))))
+
+    model = tokens()
+    perturb(model)
+    model.save(FILES / f"keras{VERSION}_tokens.h5")
+    model.save(FILES / f"keras{VERSION}_tokens.keras")
+    np.savez(FILES / f"keras{VERSION}_tokens.npz", **outputs(model, coarse((2, 6, 4, 3))))
 
     model = frozen_inside()
     perturb(model)
@@ -186,6 +217,10 @@ def single_layers():
         "normalization inverse": [L.Normalization(mean=[0.1, 0.2], variance=[2.0, 3.0], invert=True)],
         "resizing": [L.Resizing(5, 9)],
         "resizing to the nearest": [L.Resizing(5, 9, interpolation="nearest")],
+        "normalization over all": [L.Normalization(axis=(1, 2, 3))],
+        "unit normalization": [L.UnitNormalization(), L.Conv2D(2, 3)],
+        "unit normalization over rows and columns": [L.UnitNormalization(axis=(1, 2))],
+        "centre crop": [L.CenterCrop(4, 3)],
         "augmentation": [L.RandomFlip(), L.RandomRotation(0.2), L.RandomZoom(0.2), L.RandomContrast(0.2)],
     }
     if VERSION == 3:
@@ -221,11 +256,51 @@ def joins():
     x = keras.Input((5, 4, 2))
     relu = L.ReLU()
     found["a layer twice"] = keras.Model(x, L.Concatenate()([relu(x), relu(L.Conv2D(2, 1)(x))]))
-    if VERSION == 3:
+    x = keras.Input((5, 4, 2))
+    y = L.Conv2D(2, 1)(x)
+    found["arithmetic"] = keras.Model(x, (2.0 - x) * 3.0 / 4.0 + (y - 0.5) * x - y / (x * x + 1.0))
+    for name, function in functions().items():
         x = keras.Input((5, 4, 2))
-        y = L.Conv2D(2, 1)(x)
-        found["arithmetic"] = keras.Model(x, (2.0 - x) * 3.0 / 4.0 + (y - 0.5) * x - y / (x * x + 1.0))
+        found[name] = keras.Model(x, function(x, L.Conv2D(2, 1)(x)))
+    from keras.src.applications.inception_resnet_v2 import CustomScaleLayer
+
+    x = keras.Input((5, 4, 2))
+    found["a layer of Keras' own network"] = keras.Model(x, CustomScaleLayer(0.25)([x, L.Conv2D(2, 1)(x)]))
     return found
+
+
+def functions():
+    """Name -> a function of two pictures, of what Keras calls on tensors without a layer."""
+    if VERSION == 3:
+        ops = keras.ops
+        mean, concat = ops.mean, ops.concatenate
+        found = {
+            "function hard silu": lambda x, y: ops.hard_silu(x),
+            "function leaky relu": lambda x, y: ops.leaky_relu(x, 0.3),
+            "function stack": lambda x, y: ops.stack([x[..., 1], y[..., 0]], axis=-1),
+        }
+    else:
+        import tensorflow as tf
+
+        ops, mean, concat = tf, tf.reduce_mean, tf.concat
+        found = {"function leaky relu": lambda x, y: tf.nn.leaky_relu(x, 0.3)}
+    nn = ops if VERSION == 3 else ops.nn
+    found["function leaky relu as it is"] = lambda x, y: nn.leaky_relu(x)
+    for name in ("relu", "relu6", "silu", "gelu", "softmax", "sigmoid", "tanh"):
+        found[f"function {name}"] = lambda x, y, name=name: getattr(nn, name)(x)
+    return found | {
+        "function mean": lambda x, y: mean(x, axis=(1, 2)),
+        "function mean of channels": lambda x, y: mean(x, axis=-1, keepdims=True) * y,
+        "function mean of rows": lambda x, y: mean(x, axis=1),
+        "function concat": lambda x, y: concat([x, y], axis=1),
+        "function maximum": lambda x, y: ops.maximum(ops.minimum(x, y), -0.25),
+        "function reshape": lambda x, y: L.Dense(2)(ops.reshape(x, (-1, 10, 4))),
+        "function power": lambda x, y: x**2 - 1.0 / (y**2 + 2.0),
+        "function negative": lambda x, y: -x,
+        "constants": lambda x, y: (x - np.array([0.5, 2.0], "float32")) / np.array([0.5, 2.0], "float32"),
+        "pieces": lambda x, y: x[:, 1:, ::2, ::-1],
+        "a row": lambda x, y: x[:, 2, 1:],
+    }
 
 
 def write_layers():

@@ -157,6 +157,18 @@ def group_norm(graph: Graph, node: Node) -> None:
     graph.layer(node, "GroupNorm", x, {**options, "affine": weight is not None}, {"weight": weight, "bias": bias})
 
 
+def instance_norm(graph: Graph, node: Node) -> None:
+    """Instance norm by what it is given, which is group norm with a group for every channel."""
+    x, weight, bias = graph.value(node, "input"), graph.optional(node, "weight"), graph.optional(node, "bias")
+    leading(graph, node, x)
+    if not node.get("use_input_stats") or graph.optional(node, "running_mean") is not None:
+        graph.refuse(node, "uses stored statistics")
+    if (weight is None) != (bias is None) or len(x.shape) < 3 or x.shape[1] is None:
+        graph.refuse(node, "has a weight or a bias alone, or is for something other than pictures")
+    options = {"num_groups": x.shape[1], "num_channels": x.shape[1], "eps": node.get("eps", 1e-5)}
+    graph.layer(node, "GroupNorm", x, {**options, "affine": weight is not None}, {"weight": weight, "bias": bias})
+
+
 def prelu(graph: Graph, node: Node) -> None:
     """Leaky ReLU with stored slopes."""
     x, weight = graph.value(node, "self"), graph.value(node, "weight")
@@ -181,6 +193,56 @@ def with_options(kind: str, options: Mapping[str, str], **default: Any) -> Trans
         x = single(graph, node)
         given = {ours: node.get(theirs, default.get(ours)) for ours, theirs in options.items()}
         graph.compute(node, kind, [x], given, x.batch)
+
+    return translate
+
+
+def einsum(graph: Graph, node: Node) -> None:
+    """A sum of products by named axes, of which that of the pictures must have one name and stay."""
+    parts = [graph.of(node, ref) for ref in node.get("tensors")]
+    given, arrow, left = str(node.get("equation")).replace(" ", "").partition("->")
+    names = given.split(",")
+    if not arrow or "." in given or [len(name) for name in names] != [len(part.shape) for part in parts]:
+        graph.refuse(node, "does not name every axis")
+    counted = {name[part.batch] for name, part in zip(names, parts, strict=True) if part.batch is not None}
+    fixed = "".join(name for name, part in zip(names, parts, strict=True) if part.batch is None)
+    if len(counted) > 1 or any(name not in left or name in fixed for name in counted):
+        graph.refuse_mixing(node)
+    if any(name.count(one) > 1 for name in names for one in counted):
+        graph.refuse_mixing(node)
+    batch = left.index(counted.pop()) if counted else None
+    graph.compute(node, "einsum", parts, {"equation": f"{given}->{left}"}, batch)
+
+
+def upsample(mode: str) -> Translate:
+    """Pictures of another size: the one that was exported, or larger by a factor."""
+
+    def translate(graph: Graph, node: Node) -> None:
+        x = single(graph, node)
+        leading(graph, node, x)
+        if len(x.shape) != 4:
+            graph.refuse(node, "is for something other than pictures")
+        factors = node.get("scale_factors") or [node.get("scales_h"), node.get("scales_w")]
+        align = {} if mode.startswith("nearest") else {"align_corners": bool(node.get("align_corners", False))}
+        if None not in factors and factors[0] == factors[1]:
+            graph.compute(node, "Upsample", [x], {"scale_factor": factors[0], "mode": mode, **align}, 0)
+        elif None not in factors and not align.get("align_corners"):
+            graph.compute(node, "upsample", [x], {"scale": list(factors), "mode": mode}, 0)
+        elif factors.count(None) == 2 and None not in graph.out(node)[2:]:
+            graph.compute(node, "Upsample", [x], {"size": list(graph.out(node)[2:]), "mode": mode, **align}, 0)
+        else:
+            graph.refuse(node, "gives a size that follows from the input")
+
+    return translate
+
+
+def shuffle(kind: str, factor: str) -> Translate:
+    """Channels as pixels between the others, or back."""
+
+    def translate(graph: Graph, node: Node) -> None:
+        x = graph.value(node, "self")
+        free_of(graph, node, x, range(len(x.shape) - 3, len(x.shape)))
+        graph.compute(node, kind, [x], {factor: int(node.get(factor))}, x.batch)
 
     return translate
 
@@ -235,6 +297,21 @@ def binary(kind: str, scaled: Affine | None = None, turned: Affine | None = None
         graph.compute(node, "affine", [held], {"scale": scale, "shift": shift}, held.batch)
 
     return translate
+
+
+def addcmul(graph: Graph, node: Node) -> None:
+    """x + y * z."""
+    only(graph, node, "value", (1,))
+    x, y, z = (graph.value(node, name) for name in ("self", "tensor1", "tensor2"))
+    batch = joint(graph, node, [x, y, z])
+    rank = max(len(y.shape), len(z.shape))
+    product = graph.add("mul", [graph.step_of(y), graph.step_of(z)], {}, f"{graph.name_of(node)}_product")
+    own = None if y.batch is None and z.batch is None else batch
+    outer = next((held.outer for held in (y, z) if held.batch is not None), 1)
+    if len({held.outer for held in (y, z) if held.batch is not None}) > 1:
+        graph.refuse_mixing(node)
+    between = Held(graph.out(node)[-rank:], own, product, outer=outer)
+    graph.compute(node, "add", [x, between], {}, batch)
 
 
 def pool(kind: str) -> Translate:

@@ -30,15 +30,43 @@ def reduction(kind: str) -> Translate:
     """A mean, sum or largest value over axes that are named."""
 
     def translate(graph: Graph, node: Node) -> None:
-        x, dim, keep = graph.value(node, "self"), node.get("dim"), bool(node.get("keepdim", False))
-        if not dim:
-            graph.refuse_mixing(node)
-        axes = [from_front(d, len(x.shape)) for d in (dim if isinstance(dim, list) else [dim])]
-        free_of(graph, node, x, axes)
-        batch = None if x.batch is None else x.batch - (0 if keep else sum(axis < x.batch for axis in axes))
+        x = graph.value(node, "self")
+        axes, keep, batch = _reduced(graph, node, x)
         graph.compute(node, kind, [x], {"dim": axes, "keepdim": keep}, batch)
 
     return translate
+
+
+def _reduced(graph: Graph, node: Node, x: Held) -> tuple[list[int], bool, int | None]:
+    """The axes over which a node works, whether they stay with length 1, and the axis of the pictures then."""
+    dim, keep = node.get("dim"), bool(node.get("keepdim", False))
+    axes = [from_front(d, len(x.shape)) for d in (dim if isinstance(dim, list) else [] if dim is None else [dim])]
+    if not axes:
+        graph.refuse_mixing(node)
+    free_of(graph, node, x, axes)
+    return axes, keep, None if x.batch is None else x.batch - (0 if keep else sum(axis < x.batch for axis in axes))
+
+
+def vector_norm(graph: Graph, node: Node) -> None:
+    """The length of vectors along axes."""
+    x = graph.value(node, "self")
+    axes, keep, batch = _reduced(graph, node, x)
+    order = node.get("ord", node.get("p", 2))
+    if order is not None and (isinstance(order, bool) or not isinstance(order, (int, float)) or not 0 < order < 100):
+        graph.refuse(node, f"has ord={str(order)[:40]}")
+    options = {"ord": 2 if order is None else order, "dim": axes, "keepdim": keep}
+    graph.compute(node, "vector_norm", [x], options, batch)
+
+
+def variance(graph: Graph, node: Node) -> None:
+    """The variance over axes, and for var_mean their mean too."""
+    x = graph.value(node, "self")
+    axes, keep, batch = _reduced(graph, node, x)
+    correction = node.get("correction", 1 if node.get("unbiased", True) else 0)
+    options = {"dim": axes, "correction": 1 if correction is None else correction, "keepdim": keep}
+    graph.compute(node, "var", [x], options, batch)
+    if len(node.outputs) > 1:
+        graph.compute(node, "mean", [x], {"dim": axes, "keepdim": keep}, batch, 1)
 
 
 def reshape(graph: Graph, node: Node) -> None:
@@ -201,6 +229,23 @@ def cat(graph: Graph, node: Node) -> None:
         like = next(part for part in parts if part.batch is not None)
         parts = [part if part.batch is not None else _lend(graph, node, part, like) for part in parts]
     graph.compute(node, "concat", parts, {"dim": dim}, next(iter(batches), None))
+
+
+def stack(graph: Graph, node: Node) -> None:
+    """Tensors side by side along an axis of their own."""
+    parts = [graph.of(node, ref) for ref in node.get("tensors")]
+    dim, batches = from_front(node.get("dim", 0), len(graph.out(node))), {part.batch for part in parts}
+    if len(batches) > 1:
+        graph.refuse(node, "stacks constants on what follows from the input, or pictures along several axes")
+    name, (batch,) = graph.name_of(node), batches
+    if batch is None and any(part.lent for part in parts):
+        graph.refuse(node, "has a constant for every picture of a batch")
+    batch = None if batch is None else batch + (dim <= batch)
+    spread = [
+        graph.add("unsqueeze", [graph.step_of(part)], {"dim": dim}, f"{name}_{i}") for i, part in enumerate(parts)
+    ]
+    held = [replace(part, step=step, stored=None, batch=batch) for part, step in zip(parts, spread, strict=True)]
+    graph.compute(node, "concat", held, {"dim": dim}, batch)
 
 
 def _lend(graph: Graph, node: Node, constant: Held, like: Held) -> Held:

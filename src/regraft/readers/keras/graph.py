@@ -22,9 +22,44 @@ BARE = "keras.src.ops."
 """The module of operations that Keras 3 records for `x * 2`: they are no layers."""
 CODE = ("Lambda", "TFOpLambda", "SlicingOpLambda", "ClassMethod", "InstanceMethod", "InstanceProperty")
 """Classes whose work is a function that the description names or holds."""
-OF_PICTURES = ("Rand", "AugMix", "CutMix", "MixUp", "Resizing")
+OF_TENSORFLOW = {
+    "__operators__.add": "Add",
+    "math.add": "Add",
+    "math.subtract": "Subtract",
+    "math.multiply": "Multiply",
+    "math.truediv": "TrueDivide",
+    "math.divide": "TrueDivide",
+    "math.pow": "Power",
+    "math.negative": "Negative",
+    "math.maximum": "Maximum",
+    "math.minimum": "Minimum",
+    "math.reduce_mean": "Mean",
+    "concat": "Concatenate",
+    "nn.relu": "Relu",
+    "nn.relu6": "Relu6",
+    "nn.silu": "Silu",
+    "nn.gelu": "Gelu",
+    "nn.softmax": "Softmax",
+    "nn.leaky_relu": "LeakyRelu",
+    "math.sigmoid": "Sigmoid",
+    "math.tanh": "Tanh",
+    "reshape": "Reshape",
+    "nn.bias_add": "BiasAdd",
+    "__operators__.getitem": "GetItem",
+}
+"""What Keras 2 records for `x + y`, a function of TensorFlow by its name, as Keras 3 calls it. Others are code."""
+SECOND = ("y", "bias")
+"""How such functions call a second tensor or number."""
+CONSTANT = "_CONSTANT_VALUE"
+"""Stands where Keras 2 calls a function on a number first, as in `1 - x`."""
+REGISTERED = {"Custom>CustomScaleLayer": "CustomScaleLayer"}
+"""Layers of Keras' own networks that it registers as a user would."""
+BY_NAME = {"MultiHeadAttention": ("query", "value", "key")}
+"""Layers called on several tensors by name."""
+OF_PICTURES = ("Rand", "AugMix", "CutMix", "MixUp", "Resizing", "CenterCrop")
 """How the layers begin that Keras 3 calls with training=True by default; only in training does that have effect."""
 DEEPEST = 20
+LARGEST = 3e38
 LONGEST = 500
 
 
@@ -34,6 +69,11 @@ class Ref:
 
     layer: str
     use: int = 0
+
+
+Numbers = tuple[float, ...]
+"""Constants, one for each place along the last axis."""
+Argument = Ref | float | Numbers
 
 
 @dataclass(frozen=True)
@@ -46,7 +86,7 @@ class Layer:
     name: str
     kind: str
     config: Mapping[str, Any] = field(repr=False)
-    uses: tuple[tuple[Ref | float, ...], ...] = ()
+    uses: tuple[tuple[Argument, ...], ...] = ()
     model: Model | None = None
 
     @property
@@ -125,7 +165,7 @@ def resolved(layers: Mapping[str, Layer], ref: Ref) -> tuple[str, int]:
     return ref.layer, ref.use if count > 1 else 0
 
 
-def _arguments(layer: Layer, use: int) -> tuple[Ref | float, ...]:
+def _arguments(layer: Layer, use: int) -> tuple[Argument, ...]:
     return layer.uses[use] if layer.uses else ()
 
 
@@ -155,8 +195,11 @@ def _functional(config: Mapping[str, Any], listed: list[Mapping[str, Any]], dept
     layers = []
     for one in listed:
         layer = _layer(one, depth)
-        nodes = one.get("inbound_nodes") or []
-        uses = tuple(_use(node, layer) for node in _sequence(nodes, layer.name))
+        nodes = _sequence(one.get("inbound_nodes") or [], layer.name)
+        if layer.kind.startswith("ops."):
+            layers.append(_operation(layer, nodes))
+            continue
+        uses = tuple(_use(node, layer) for node in nodes)
         layers.append(Layer(layer.name, layer.kind, layer.config, uses, layer.model))
     _distinct(layers)
     starts, ends = _leaves(config.get("input_layers")), _leaves(config.get("output_layers"))
@@ -171,15 +214,36 @@ def _functional(config: Mapping[str, Any], listed: list[Mapping[str, Any]], dept
 
 def _layer(described: Mapping[str, Any], depth: int) -> Layer:
     kind, config = _class(described, "a layer")
-    if kind in MODELS and not str(described.get("module", "")).startswith(BARE):
+    if kind in MODELS and not _is_bare(described):
         model = read_model(described, depth + 1)
         inner = config if isinstance(config, Mapping) else {}
         return Layer(_name(described.get("name", inner.get("name")), kind), kind, inner, model=model)
     config = _mapping(config, kind)
     name = _name(described.get("name", config.get("name")), kind)
-    if str(described.get("module", "")).startswith(BARE):
-        kind = f"ops.{kind}"
-    return Layer(name, kind, config)
+    if kind in CODE:
+        kind, config = OF_TENSORFLOW[config["function"]], {k: v for k, v in config.items() if k != "function"}
+        return Layer(name, f"ops.{kind}", config)
+    return Layer(name, f"ops.{kind}" if _is_bare(described) else kind, config)
+
+
+def _is_bare(described: Mapping[str, Any]) -> bool:
+    """Whether this is an operation of Keras 3. In HDF5 no module tells; but a layer says whether it is trainable."""
+    if "module" in described:
+        return str(described["module"]).startswith(BARE)
+    config, nodes = described.get("config"), described.get("inbound_nodes")
+    called = isinstance(nodes, list) and bool(nodes) and isinstance(nodes[0], Mapping)
+    return called and isinstance(config, Mapping) and "trainable" not in config
+
+
+def _is_listed(kind: str, config: Any) -> bool:
+    """Whether a function of TensorFlow is one of the plain ones that are rebuilt."""
+    function = config.get("function") if isinstance(config, Mapping) else None
+    slices = function == "__operators__.getitem"
+    return (
+        isinstance(function, str)
+        and function in OF_TENSORFLOW
+        and kind == ("SlicingOpLambda" if slices else "TFOpLambda")
+    )
 
 
 def _class(described: Any, what: str) -> tuple[str, Any]:
@@ -191,50 +255,102 @@ def _class(described: Any, what: str) -> tuple[str, Any]:
     config = described.get("config")
     name = config.get("name", kind) if isinstance(config, Mapping) else kind
     registered = described.get("registered_name")
-    if kind in CODE:
+    if kind in CODE and not _is_listed(kind, config):
         raise ReaderError(
             f"layer {name!r} is a {kind}: it holds or names code, which is never run; build the network from layers, "
             "or export it to ONNX"
         )
     if module is not None and str(module).partition(".")[0] not in PACKAGES:
         raise ReaderError(f"layer {name!r} is {module}.{kind}: only layers of Keras are rebuilt, and no code is run")
-    if registered not in (None, kind):
+    kind = REGISTERED.get(kind, kind)
+    if registered not in (None, kind, *(name for name, own in REGISTERED.items() if own == kind)):
         raise ReaderError(f"layer {name!r} is {registered}: only layers of Keras are rebuilt, and no code is run")
     return kind, config
 
 
-def _use(node: Any, layer: Layer) -> tuple[Ref | float, ...]:
+def _operation(layer: Layer, nodes: list[Any]) -> Layer:
+    """An operation with what it is called on; what Keras says in the call beside tensors joins its options."""
+    name = layer.name
+    if len(nodes) != 1:
+        raise ReaderError(f"operation {name!r} must be called once; it has {len(nodes)} calls")
+    node = nodes[0]
+    given: tuple[Argument, ...]
+    if isinstance(node, Mapping):
+        options = _mapping(node.get("kwargs") or {}, name)
+        values = _sequence(node.get("args"), name)
+        if layer.kind == "ops.GetItem" and len(values) == 2:
+            values, options = values[:1], {**options, "slice_spec": values[1]}
+        given = tuple(_tensors(values, name))
+    else:
+        leaves = [_sequence(one, name) for one in ([node] if _is_leaf(node) else _sequence(node, name))]
+        options = _mapping((leaves[0][3] if leaves and len(leaves[0]) > 3 else None) or {}, name)
+        given = tuple(_older_argument(leaf, name) for leaf in leaves)
+        given += tuple(_older_argument(options[key], name) for key in SECOND if options.get(key) is not None)
+        options = {key: value for key, value in options.items() if key not in SECOND}
+    said = {key: value for key, value in options.items() if value is not None and key != "name"}
+    return Layer(name, layer.kind, {**layer.config, **said}, (given,))
+
+
+def _older_argument(value: Any, name: str) -> Argument:
+    """What an operation of Keras 2 is called on: the output of a layer, a number, or numbers."""
+    if isinstance(value, list) and len(value) > 2 and value[0] == CONSTANT:
+        value = value[2]
+    return _ref(value) if _is_leaf(value) else _constant(value, name)
+
+
+def _constant(value: Any, name: str) -> float | Numbers:
+    """A number, or numbers along the last axis, whatever axes of length 1 lie around."""
+    while isinstance(value, list) and len(value) == 1 and isinstance(value[0], list):
+        value = value[0]
+    listed = value if isinstance(value, list) else [value]
+    if not listed or not all(_is_number(one) for one in listed):
+        raise ReaderError(f"layer {name!r} is called on something that is not the output of a layer")
+    return tuple(map(float, listed)) if isinstance(value, list) else float(value)
+
+
+def _is_number(value: Any) -> bool:
+    """Whether this is a number that a float32 can hold: JSON's may be of any size."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LARGEST
+
+
+def _use(node: Any, layer: Layer) -> tuple[Argument, ...]:
     """The arguments of one call, in either dialect."""
     name = layer.name
     if isinstance(node, Mapping):
         options = _mapping(node.get("kwargs") or {}, name)
         if layer.kind.startswith(OF_PICTURES):
             options = {key: value for key, value in options.items() if key != "training"}
-        _plain_call(options, name)
-        return tuple(_tensors(_sequence(node.get("args"), name), name))
+        tensors = [*_sequence(node.get("args"), name), *_named(options, layer.kind)]
+        _plain_call({key: value for key, value in options.items() if key not in BY_NAME.get(layer.kind, ())}, name)
+        return tuple(_tensors(tensors, name))
     if _is_leaf(node):  # one tensor without the list around it
         node = [node]
     refs = []
     for one in _sequence(node, name):
         if not _is_leaf(one):
             raise ReaderError(f"layer {name!r} is called on something that is not the output of a layer")
-        if len(one) > 3:
-            _plain_call(_mapping(one[3] or {}, name), name)
-        refs.append(_ref(one))
+        options = _mapping((one[3] if len(one) > 3 else None) or {}, name)
+        _plain_call({key: value for key, value in options.items() if key not in BY_NAME.get(layer.kind, ())}, name)
+        refs += [_ref(one), *(_ref(value) for value in _named(options, layer.kind))]
     return tuple(refs)
 
 
-def _tensors(values: Sequence[Any], name: str) -> Iterator[Ref | float]:
+def _named(options: Mapping[str, Any], kind: str) -> list[Any]:
+    """The tensors that a call gives by name."""
+    return [options[key] for key in BY_NAME.get(kind, ()) if options.get(key) is not None]
+
+
+def _tensors(values: Sequence[Any], name: str) -> Iterator[Argument]:
     """References and numbers, in Keras 3's JSON of the arguments of a call."""
     for value in values:
         if isinstance(value, list):
             yield from _tensors(value, name)
         elif isinstance(value, Mapping) and value.get("class_name") == "__keras_tensor__":
             yield _ref(_mapping(value.get("config"), name).get("keras_history"))
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            yield float(value)
+        elif isinstance(value, Mapping) and value.get("class_name") in ("__numpy__", "__tensor__"):
+            yield _constant(_mapping(value.get("config"), name).get("value"), name)
         else:
-            raise ReaderError(f"layer {name!r} is called on something that is not the output of a layer")
+            yield _constant(value, name)
 
 
 def _plain_call(options: Mapping[str, Any], name: str) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from regraft.readers.keras.steps import Steps, Use, Value, unwrapped
+from regraft.readers.keras.steps import Array, Steps, Use, Value, unwrapped
 
 Write = Callable[[Use, Steps, Sequence[Any]], Value]
 EPSILON = 1e-7
@@ -112,17 +112,44 @@ def normalization(use: Use, to: Steps, xs: Sequence[Value]) -> Value:
     """The layer Normalization: (x - mean) / deviation, or back."""
     x, name = xs[0], use.name
     axis = use.config.get("axis", -1)
-    axes = [] if axis is None else axis if isinstance(axis, list) else [axis]
-    if [range(x.rank)[a] for a in axes] not in ([], [x.rank - 1]):
-        raise use.refused("must be over the last axis, or over none: others are not rebuilt")
+    axes = [range(x.rank)[a] for a in ([] if axis is None else axis if isinstance(axis, list) else [axis])]
+    if 0 in axes or axes != sorted(set(axes)):
+        raise use.refused(f"must be over axes beside the batch, in their order; found {axis!r:.60}")
     stored = (use.weights.get(k, unwrapped(use.config.get(k))) for k in ("mean", "variance"))
-    mean, variance = (np.asarray(value, np.float32) for value in stored)
-    mean, variance = (value.reshape(-1) if value.ndim > 1 else value for value in (mean, variance))
+    mean, variance = (_over(use, np.asarray(value, np.float32), axes, x.rank) for value in stored)
     deviation = np.maximum(np.sqrt(variance), EPSILON)
     by, shift = to.constant(f"{name}_deviation", deviation, x), to.constant(f"{name}_mean", mean, x)
     if use.config.get("invert"):
         return to.add(name, "add", to.add(f"{name}_scaled", "mul", x, by), shift)
     return to.add(name, "div", to.add(f"{name}_shifted", "sub", x, shift), by)
+
+
+def _over(use: Use, value: Array, axes: Sequence[int], rank: int) -> Array:
+    """Statistics for each place along `axes`, with the other axes but the batch as 1."""
+    value = value.reshape(-1) if value.ndim > 1 and len(axes) < 2 else value
+    if value.size == 1:
+        return value.reshape(())
+    if value.ndim != len(axes):
+        raise use.refused(f"must have a mean and a variance for each of {len(axes)} axes; found {value.ndim}")
+    sizes = dict(zip(axes, value.shape, strict=True))
+    return value.reshape([sizes.get(axis, 1) for axis in range(1, rank)])
+
+
+def unit_normalization(use: Use, to: Steps, xs: Sequence[Value]) -> Value:
+    """The layer UnitNormalization: x by its length along axes."""
+    x, name = xs[0], use.name
+    axis = use.config.get("axis", -1)
+    dims = [x.axis(one) for one in (axis if isinstance(axis, list) else [axis])]
+    least = 1e-24 if use.version > 2 else 1e-12  # of the squares; TensorFlow's own function means it so
+    squares = to.add(f"{name}_squares", "sum", to.add(f"{name}_square", "mul", x, x), dim=dims, keepdim=True)
+    inverse = to.add(f"{name}_inverse", "rsqrt", to.add(f"{name}_least", "clamp", squares, min=least))
+    return to.add(name, "mul", x, inverse)
+
+
+def custom_scale(use: Use, to: Steps, xs: Sequence[Value]) -> Value:
+    """The layer of Keras' own InceptionResNetV2: x + y * scale."""
+    x, y = alike(use, to, xs)
+    return to.add(use.name, "add", x, to.add(f"{use.name}_scaled", "affine", y, scale=use.number("scale", 1.0)))
 
 
 def flatten(use: Use, to: Steps, xs: Sequence[Value]) -> Value:
@@ -153,7 +180,7 @@ def permute(use: Use, to: Steps, xs: Sequence[Value]) -> Value:
 
 def concatenate(use: Use, to: Steps, xs: Sequence[Value]) -> Value:
     """The layer Concatenate."""
-    xs = _alike(use, to, xs)
+    xs = alike(use, to, xs)
     return to.add(use.name, "concat", *xs, dim=xs[0].axis(use.config.get("axis", -1)))
 
 
@@ -161,7 +188,7 @@ def merged(function: str) -> Write:
     """A layer that joins tensors, two at a time, by one of the functions of operations."""
 
     def write(use: Use, to: Steps, xs: Sequence[Value]) -> Value:
-        x, *rest = _alike(use, to, xs)
+        x, *rest = alike(use, to, xs)
         for i, other in enumerate(rest, 2):
             x = to.add(use.name if i == len(xs) else f"{use.name}_{i}", function, x, other)
         return x
@@ -175,7 +202,7 @@ def average(use: Use, to: Steps, xs: Sequence[Value]) -> Value:
     return to.add(use.name, "affine", total, scale=1 / len(xs))
 
 
-def _alike(use: Use, to: Steps, xs: Sequence[Value]) -> list[Value]:
+def alike(use: Use, to: Steps, xs: Sequence[Value]) -> list[Value]:
     """Tensors lying the same way round, vectors beside pictures as pictures of one place."""
     rank = max(x.rank for x in xs)
     if any(x.rank not in (rank, 2) for x in xs) or (rank != 4 and len({x.rank for x in xs}) > 1):
@@ -189,28 +216,3 @@ def _alike(use: Use, to: Steps, xs: Sequence[Value]) -> list[Value]:
     if any(x.moved for x in spread):
         return [to.moved(use.name, x) for x in spread]
     return spread
-
-
-def arithmetic(function: str) -> Write:
-    """What Keras 3 records for `x + y`, where either may be a number."""
-
-    def write(use: Use, to: Steps, xs: Sequence[Any]) -> Value:
-        one, other = xs
-        if isinstance(one, Value) and isinstance(other, Value):
-            if one.rank != other.rank:
-                raise use.refused("must be called on tensors with as many axes; found different ones")
-            return to.add(use.name, function, *_alike(use, to, xs))
-        x = one if isinstance(one, Value) else other
-        number = float(other if isinstance(one, Value) else one)
-        if function in ("sub", "div") and x is other:
-            if function == "div":
-                raise use.refused("divides a number by a tensor, which is not rebuilt")
-            return to.add(use.name, "affine", x, scale=-1.0, shift=number)
-        options: dict[str, dict[str, Any]] = {
-            "add": {"shift": number},
-            "sub": {"shift": -number},
-            "mul": {"scale": number},
-        }
-        return to.add(use.name, "affine", x, **(options.get(function) or {"scale": 1 / number}))
-
-    return write

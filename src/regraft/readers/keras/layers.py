@@ -5,7 +5,7 @@ that writes its steps. An option that is not in the table stops the reading unle
 regularizers and constraints matter to training alone and are passed over. Anything else is refused by name, and
 nothing is ever imported or run on the word of a file.
 
-Knows layers, not files. Not covered: recurrent layers, attention, 1-D and 3-D convolutions, shared weights.
+Knows layers, not files. Not covered: recurrent layers, masks, 1-D and 3-D convolutions, shared weights.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import torch
 
 from regraft.errors import ReaderError
 from regraft.operations import INPUT, Operations
-from regraft.readers.keras import activations, joins, windows
-from regraft.readers.keras.graph import Layer, Model, Ref, in_order, resolved
+from regraft.readers.keras import activations, arithmetic, joins, tokens, windows
+from regraft.readers.keras.graph import Layer, Model, Numbers, Ref, in_order, resolved
 from regraft.readers.keras.steps import Array, Steps, Use, Value, unwrapped
 
 Path = tuple[str, ...]
@@ -31,11 +31,15 @@ Write = Callable[[Use, Steps, Sequence[Any]], Value]
 
 @dataclass(frozen=True)
 class Role:
-    """A weight of a layer: its names in files, the first of which is ours, and the option that says it is there."""
+    """A weight of a layer: its names in files, the first of which is ours, and the option that says it is there.
+
+    inside: the layer within the layer that has it, in files that number weights.
+    """
 
     names: tuple[str, ...]
     given: str = ""
     trained: bool = True
+    inside: str = ""
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,8 @@ def network(
     y = _run(_Reading(weights, version, turned, to), model, x, ())
     if y.rank == 4 and not _channels_first(model):
         y = to.moved(y.step, y)
+    elif y.rank == 3:
+        y = to.plain(y.step, y)
     return Operations(tuple(to.operations), y.step), to.tensors, sizes if sizes and len(sizes) == 3 else None
 
 
@@ -142,7 +148,7 @@ def _run(reading: _Reading, model: Model, x: Value, path: Path) -> Value:
     return values[resolved(layers, model.end)]
 
 
-def _layer(reading: _Reading, layer: Layer, inputs: Sequence[Value | float], path: Path) -> Value:
+def _layer(reading: _Reading, layer: Layer, inputs: Sequence[Value | float | Numbers], path: Path) -> Value:
     if layer.model:
         if len(inputs) != 1 or not isinstance(inputs[0], Value):
             raise ReaderError(f"model {layer.name!r} must be called on one tensor")
@@ -151,7 +157,7 @@ def _layer(reading: _Reading, layer: Layer, inputs: Sequence[Value | float], pat
     kind = KINDS[layer.kind]
     if not inputs or (kind.inputs and len(inputs) != kind.inputs):
         raise use.refused(f"must be called on {kind.inputs or 'some'} tensor; found {len(inputs)}")
-    if not layer.kind.startswith("ops.") and not all(isinstance(one, Value) for one in inputs):
+    if kind.write not in arithmetic.OF_NUMBERS and not all(isinstance(one, Value) for one in inputs):
         raise use.refused("must be called on tensors; found a number")
     _check_options(use, kind)
     try:
@@ -205,8 +211,18 @@ _NORM = ("axis", "epsilon", "center", "scale")
 _BATCH_NORM = Kind(joins.batch_norm, _NORM, (_SCALE, _CENTER, *_STATISTICS))
 _ADAPTED = tuple(Role((name,), trained=False) for name in ("mean", "variance", "count"))
 _SEPARABLE = (Role(("depthwise_kernel",)), Role(("pointwise_kernel",)), _BIAS)
+_PROJECTIONS = tuple(
+    role
+    for own in ("query", "key", "value", "output")
+    for role in (
+        Role((f"{own}_kernel", "kernel"), inside=f"{own}_dense"),
+        Role((f"{own}_bias", "bias"), "use_bias", inside=f"{own}_dense"),
+    )
+)
+_HEADS = ("num_heads", "key_dim", "value_dim", "dropout", "use_bias", "output_shape", "attention_axes")
+_SHAPES = ("query_shape", "key_shape", "value_shape")
+_TOKENS = Kind(tokens.pooling, (*_FORM, "keepdims"))
 _MERGES = {"Add": "add", "Multiply": "mul", "Maximum": "maximum", "Minimum": "minimum"}
-_ARITHMETIC = {"Add": "add", "Subtract": "sub", "Multiply": "mul", "Divide": "div", "TrueDivide": "div"}
 RANDOM = (
     *("AugMix", "CutMix", "MixUp", "RandAugment", "RandomBrightness", "RandomColorDegeneration", "RandomColorJitter"),
     *("RandomContrast", "RandomElasticTransform", "RandomErasing", "RandomFlip", "RandomGaussianBlur"),
@@ -238,6 +254,8 @@ KINDS: dict[str, Kind] = {
     "Softmax": Kind(activations.softmax, ("axis",)),
     **dict.fromkeys(("MaxPooling2D", "AveragePooling2D"), _POOL),
     **dict.fromkeys(("GlobalAveragePooling2D", "GlobalMaxPooling2D"), _GLOBAL),
+    **dict.fromkeys(("GlobalAveragePooling1D", "GlobalMaxPooling1D"), _TOKENS),
+    "MultiHeadAttention": Kind(tokens.attention, (*_HEADS, *_SHAPES), _PROJECTIONS, inputs=None),
     "ZeroPadding2D": Kind(windows.zero_padding, (*_FORM, "padding")),
     "Cropping2D": Kind(windows.cropping, (*_FORM, "cropping")),
     "UpSampling2D": Kind(windows.up_sampling, (*_FORM, "size", "interpolation")),
@@ -252,6 +270,20 @@ KINDS: dict[str, Kind] = {
     "Average": Kind(joins.average, inputs=None),
     "Subtract": Kind(joins.merged("sub"), inputs=2),
     **{name: Kind(joins.merged(function), inputs=None) for name, function in _MERGES.items()},
-    **{f"ops.{name}": Kind(joins.arithmetic(function), None, inputs=2) for name, function in _ARITHMETIC.items()},
+    "UnitNormalization": Kind(joins.unit_normalization, ("axis",)),
+    "CenterCrop": Kind(windows.center_crop, (*_FORM, "height", "width")),
+    "CustomScaleLayer": Kind(joins.custom_scale, ("scale",), inputs=2),
+    **{f"ops.{name}": Kind(write, inputs=2) for name, write in arithmetic.OF_TWO.items()},
+    **{f"ops.{name}": Kind(arithmetic.activation(own)) for name, own in arithmetic.ACTIVATIONS.items()},
+    "ops.BiasAdd": Kind(arithmetic.bias_add, _FORM, inputs=2),
+    "ops.LeakyRelu": Kind(arithmetic.leaky_relu, ("alpha", "negative_slope")),
+    "ops.Gelu": Kind(arithmetic.gelu, ("approximate",)),
+    "ops.Softmax": Kind(activations.softmax, ("axis",)),
+    "ops.Negative": Kind(arithmetic.negative),
+    "ops.Mean": Kind(arithmetic.mean, ("axis", "keepdims")),
+    "ops.Concatenate": Kind(joins.concatenate, ("axis",), inputs=None),
+    "ops.Stack": Kind(arithmetic.stack, ("axis",), inputs=None),
+    "ops.Reshape": Kind(arithmetic.reshape, ("shape", "newshape")),
+    "ops.GetItem": Kind(arithmetic.get_item, ("slice_spec",)),
 }
-"""Layers by the name of their class; operations that Keras 3 records for `x + y` are called `ops.Add`."""
+"""Layers by the name of their class; operations that Keras records for `x + y` are called `ops.Add`."""

@@ -41,6 +41,12 @@ class Value:
             return axis
         return 1 if axis == self.rank - 1 else axis + 1
 
+    def without(self, keras: Sequence[int]) -> Value:
+        """What is left when axes that Keras counts go away."""
+        gone = {range(self.rank)[axis] for axis in keras}
+        rank = self.rank - len(gone)
+        return Value(self.step, rank, self.moved and self.rank - 1 not in gone and rank > 2)
+
 
 class Steps:
     """The steps so far and their tensors; every name is given once and can be an attribute of a module.
@@ -68,6 +74,10 @@ class Steps:
             if value is not None:
                 self.tensors[f"{name}.{own}"] = tensor(value)
         return replace(inputs[0], step=name)
+
+    def sizes(self, x: Value) -> tuple[int, ...] | None:
+        """The sizes of a value for two examples, as it lies here; None where those of the input are left open."""
+        return tuple(self._seen[x.step].shape) if x.step in self._seen else None
 
     def constant(self, wanted: str, value: Array, like: Value, kind: str = "buffer") -> Value:
         """A tensor of the network that is spread over `like` as Keras would: by its last axes, without the batch."""

@@ -121,11 +121,23 @@ def _numbered(
         if layer.model:
             yield from _numbered(tree, counts, layer.model, place, (*path, layer.name))
             continue
-        stored, wanted = counts[f"{place}/vars"], roles(layer)
+        wanted = roles(layer)
+        groups = [_group(tree, place, role.inside) for role in wanted]
+        stored = sum(counts[group] for group in {f"{place}/vars", *groups})
         if stored != len(wanted):
             raise ReaderError(f"layer {layer.name!r} must have {len(wanted)} weights; the file has {stored}")
-        arrays = {role.names[0]: _array(tree, f"{place}/vars/{i}") for i, role in enumerate(wanted)}
-        yield (*path, layer.name), arrays
+        numbers = [groups[:i].count(group) for i, group in enumerate(groups)]
+        places = [f"{group}/{i}" for group, i in zip(groups, numbers, strict=True)]
+        yield (
+            (*path, layer.name),
+            {role.names[0]: _array(tree, at) for role, at in zip(wanted, places, strict=True)},
+        )
+
+
+def _group(tree: Tree, place: str, inside: str) -> str:
+    """Where the weights of a layer, or of a layer inside it, lie; Keras 2 hides those by an underscore."""
+    own = inside if f"{place}/{inside}/vars" in tree.groups else f"_{inside}"
+    return f"{place}/{own}/vars" if inside else f"{place}/vars"
 
 
 def _layers(model: Model) -> Iterator[Layer]:

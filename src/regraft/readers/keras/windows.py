@@ -153,6 +153,19 @@ def cropping(use: Use, to: Steps, xs: Sequence[Value]) -> Value:
     return to.add(use.name, "pad", use.placed(to, xs[0]), pads=[-left, -right, -top, -bottom])
 
 
+def center_crop(use: Use, to: Steps, xs: Sequence[Value]) -> Value:
+    """The layer CenterCrop, on pictures of a known size that is not smaller."""
+    x = use.placed(to, xs[0])
+    found = to.sizes(x)
+    if found is None:
+        raise use.refused("must be called on pictures of a known size")
+    height, width = found[2] - use.whole("height", 0), found[3] - use.whole("width", 0)
+    if height < 0 or width < 0:
+        raise use.refused("must be called on pictures that are not smaller than what it leaves")
+    top, left = height // 2, width // 2
+    return to.add(use.name, "pad", x, pads=[-left, left - width, -top, top - height])
+
+
 def up_sampling(use: Use, to: Steps, xs: Sequence[Value]) -> Value:
     """The layer UpSampling2D."""
     height, width = use.pair("size", (2, 2))
