@@ -69,3 +69,15 @@ def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Monke
     x = torch.rand(1, 3, 224, 224)
     with torch.no_grad():
         assert torch.equal(upper(lower(x)), backbone.module(x))  # type: ignore[operator, attr-defined]
+
+
+def test_the_groundwork_of_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    images, labels = torch.rand(64, 28, 28), torch.arange(64) % 10
+
+    def train(model: nn.Module) -> None:
+        for _ in range(3):
+            nn.functional.cross_entropy(model(images.flatten(1)), labels).backward()
+
+    code = README.split("```python\n")[2].split("```")[0]
+    exec(compile(code, "README.md", "exec"), {"images": images, "train": train})
+    assert "266,610 trainable" in capsys.readouterr().out

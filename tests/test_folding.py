@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from regraft.graph import trace
 from regraft.networks.torchvision_ops import declare_missing_operators
-from regraft.nn import fold_batchnorm
+from regraft.nn import Standardise, fold_batchnorm, mlp, unfolded
 from regraft.nn.folding import uses_weights_plainly
 
 declare_missing_operators()
@@ -128,6 +129,87 @@ def test_residual_block_folds_both_norms_beside_the_skip() -> None:
     assert_folds(worn(nn.Sequential(Residual(), Residual())), picture(), left=0)
 
 
+@pytest.mark.parametrize(
+    ("name", "left"),
+    [("tf_efficientnet_lite0", 0), ("densenet121", 62), ("resnet18", 0), ("mobilenetv2_050", 0)],
+)
+def test_networks_of_the_field_give_the_same_with_random_statistics(name: str, left: int) -> None:
+    """DenseNet's norms before a ReLU and a convolution stay, those between two convolutions go."""
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    module = timm.create_model(name)
+    for norm in module.modules():
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm):
+            nn.init.normal_(norm.running_mean, 0, 0.3)
+            nn.init.uniform_(norm.running_var, 0.5, 2)
+            nn.init.uniform_(norm.weight, 0.5, 1.5)
+            nn.init.normal_(norm.bias, 0, 0.3)
+    x = torch.randn(2, 3, 64, 64)
+    traced = trace(module.eval(), x)
+    assert_folds(traced.module, x, left=left, graph=traced.graph)
+
+
+# --- forward, into what reads the norm ---
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv2d(6, 4, 3),
+        nn.Conv2d(6, 4, (2, 3), stride=2, dilation=2, bias=False),
+        nn.Conv2d(6, 12, 3, groups=3),
+        nn.Conv2d(6, 6, 1, groups=6, padding="valid"),
+    ],
+    ids=str,
+)
+def test_norm_goes_forward_into_a_convolution_without_padding(layer: nn.Conv2d) -> None:
+    torch.manual_seed(0)
+    module = worn(nn.Sequential(nn.Conv2d(3, 6, 1), nn.ReLU(), nn.BatchNorm2d(6), nn.Dropout(), layer))
+    assert_folds(module, picture(), left=0)
+
+
+@pytest.mark.parametrize("padding", [1, "same"])
+def test_norm_before_a_padded_convolution_is_left_and_listed(padding: int | str) -> None:
+    module = worn(nn.Sequential(nn.ReLU(), nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3, padding=padding)))
+    assert_folds(module, picture(), left=1)
+    assert unfolded(module) == {"1": "neither the layer before it nor the one after it can take it up alone"}
+
+
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("example", [None, torch.zeros(2, 20)])
+def test_networks_of_the_textbook_keep_no_norm(before: bool, example: torch.Tensor | None) -> None:
+    """Geron, chapter 11: batch norm after the activation, and before it."""
+    torch.manual_seed(0)
+    module = worn(mlp([20, 30, 10, 5], norm="batch", before=before, dropout=0.3))
+    flat = nn.Sequential(nn.Flatten(), *copy.deepcopy(module)).eval()
+    x = torch.randn(7, 20)
+    for network, given in ((module, x), (flat, x.view(7, 4, 5))):
+        folded = fold_batchnorm(network, example=given[:2] if example is not None else None)
+        assert norms(folded) == 0
+        with torch.no_grad():
+            expected = network(given)
+            assert float((folded(given) - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
+        assert unfolded(network) == {}
+
+
+def test_standardisation_goes_into_the_first_layer() -> None:
+    torch.manual_seed(0)
+    module = mlp([6, 5, 3], standardise=True).eval()
+    x = torch.randn(50, 6) * 20 + 3
+    module.standardise.adapt(x)
+    folded = fold_batchnorm(module)
+    assert not any(isinstance(m, Standardise) for m in folded.modules())
+    assert torch.allclose(folded(x), module(x), atol=1e-5)
+
+
+def test_each_norm_that_stays_is_listed_with_its_reason() -> None:
+    torch.manual_seed(0)
+    assert unfolded(worn(NormTwice())) == {"bn": "it is used in several places"}
+    training = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    assert "training mode" in unfolded(training)["1"]
+    assert set(unfolded(worn(TwoNames()))) == {"bn", "other"}
+
+
 # --- what is left alone ---
 
 
@@ -177,15 +259,9 @@ class Between(TwoUsers):
         return self.bn(F.relu(self.conv(x)))
 
 
-class Before(TwoUsers):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.conv(self.bn(x))
-
-
 @pytest.mark.parametrize(
     ("kind", "left"),
-    [(TwoUsers, 1), (CalledTwice, 1), (NormTwice, 1), (TwoNames, 2), (WeightsRead, 1), (NormRead, 1), (Between, 1)]
-    + [(Before, 1)],
+    [(TwoUsers, 1), (CalledTwice, 1), (NormTwice, 1), (TwoNames, 2), (WeightsRead, 1), (NormRead, 1), (Between, 1)],
 )
 def test_layer_or_norm_with_another_use_is_left_alone(kind: type[nn.Module], left: int) -> None:
     torch.manual_seed(0)
@@ -276,7 +352,7 @@ def test_linear_layer_on_a_sequence_is_left_alone_for_the_norm_is_over_its_posit
     assert_folds(other, torch.randn(2, 4, 6), left=1)
 
 
-def test_linear_layer_is_left_alone_while_nobody_says_what_it_is_given() -> None:
+def test_linear_layer_is_left_alone_where_it_could_be_given_rows_or_sequences() -> None:
     module = worn(nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5)))
     assert norms(fold_batchnorm(module)) == 1
 

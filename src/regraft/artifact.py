@@ -206,6 +206,13 @@ def load_model(
     backbone: the module, where the model was fitted on one given in Python (it is copied).
     Raises ArtifactError when a file is missing, was changed by a single bit, or belongs to another model.
     """
+    return load_with_network(folder, backbone=backbone, device=device)[0]
+
+
+def load_with_network(
+    folder: str | os.PathLike[str], *, backbone: nn.Module | None = None, device: str = "auto"
+) -> tuple[TransferModel, Backbone | None]:
+    """As `load_model`, with the network whose lower layers it reuses, before folding; None for none."""
     place = Path(folder)
     manifest = read_manifest(place)
     try:
@@ -218,7 +225,7 @@ def load_model(
         labels = tuple(manifest["labels"])
         _refuse_disagreement(place, head, labels)
         if manifest["backbone"] is None:
-            return TransferModel(head, labels, None, None, spec, numerics)
+            return TransferModel(head, labels, None, None, spec, numerics), None
         source = Source(**manifest["backbone"])
         told = manifest.get("operations")
         operations = operations_from_json(told) if told else None
@@ -232,7 +239,7 @@ def load_model(
         network = _rebuilt(source, spec, backbone)
         _load_lower(network, head, tensors, place)
     frozen = freeze_lower(network.trace, head.cuts, spec, numerics)
-    return TransferModel(head, labels, frozen, source, spec, numerics)
+    return TransferModel(head, labels, frozen, source, spec, numerics), network
 
 
 def _refuse_disagreement(place: Path, head: Head, labels: Sequence[str]) -> None:

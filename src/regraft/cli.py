@@ -204,10 +204,11 @@ def evaluate(run: Path, data: str, group: str | None, device: str, on_bad: str, 
 @main.command()
 @click.argument("spec", default="default")
 @click.option("--all", "everything", is_flag=True, help="List every cut, not only those shown on a curve.")
+@click.option("--layers", is_flag=True, help="List every layer: output, parameters, trained or frozen, mode.")
 @weights
 @shared(UNCHANGED)
-def inspect(spec: str, everything: bool, as_json: bool, **options: Any) -> None:
-    """Show a network: parameters, preprocessing, the cuts.
+def inspect(spec: str, everything: bool, layers: bool, as_json: bool, **options: Any) -> None:
+    """Show a network: layers, parameters, preprocessing, the cuts.
 
     SPEC is as for fit --backbone.
 
@@ -218,8 +219,10 @@ def inspect(spec: str, everything: bool, as_json: bool, **options: Any) -> None:
     """
     from regraft.backbone import load_backbone
     from regraft.inspect import describe
+    from regraft.nn import summary
 
-    document = describe(load_backbone(spec, **options))
+    backbone = load_backbone(spec, **options)
+    document = describe(backbone)
     if as_json:
         print_json(document)
         return
@@ -228,10 +231,35 @@ def inspect(spec: str, everything: bool, as_json: bool, **options: Any) -> None:
     )
     size = "x".join(map(str, document["preprocess"]["size"]))
     click.echo(f"input {size}, licence of the weights: {document['licence'] or 'not stated'}")
+    if layers:
+        click.echo(summary(backbone.module, (backbone.preprocess.channels, *backbone.preprocess.size)))
     for cut in document["cuts"]:
         if everything or cut["shown"]:
             shape = "x".join(map(str, cut["shape"]))
             click.echo(f"{cut['depth']:4}  {cut['name']:<32} {cut['layout']:<7} {shape:<14} {cut['parameters']:>12,}")
+
+
+@main.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--data", help="Pictures to examine on, instead of the run's own.")
+@shared(UNCHANGED)
+def doctor(run: Path, data: str | None, as_json: bool) -> None:
+    """Show the health of the layers of a run: vanishing, exploding, dead, saturated, and what to try.
+
+    The report of the run shows it from then on.
+
+    \b
+    Example:
+      regraft doctor run/
+    """
+    from regraft import recipe
+
+    with progress() as say:
+        health = recipe.doctor(run, data, say=say)
+    if as_json:
+        print_json(health.to_json())
+    else:
+        click.echo(health)
 
 
 @main.group()

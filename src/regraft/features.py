@@ -39,7 +39,7 @@ from regraft.store import (
 
 INPUT_SPEC = input_spec(3)
 PIXELS = "pixels"
-PREPARATION = 2
+PREPARATION = 3
 """Raised when decoding, resizing, folding or pooling changes its answer, so that no older features pass for these."""
 SHARD_ROWS = 512
 FLUSH_SECONDS = 10.0

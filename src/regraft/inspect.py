@@ -6,10 +6,12 @@ from typing import Any
 
 from regraft.backbone import Backbone
 from regraft.cut import lower_at
+from regraft.nn import summary
 
 
 def describe(backbone: Backbone) -> dict[str, Any]:
-    """Parameters in all, trainable and frozen; preprocessing; for each cut its shape and the parameters below it."""
+    """Parameters in all, trainable and frozen; preprocessing; facts of each layer; of each cut the parameters below."""
+    spec = backbone.preprocess
     cuts = [
         {
             "name": cut.name,
@@ -32,5 +34,6 @@ def describe(backbone: Backbone) -> dict[str, Any]:
         "preprocess": backbone.preprocess.to_json(),
         "restored": backbone.coverage and backbone.coverage.to_json(),
         "ends": backbone.ends,
+        "layers": [vars(layer) for layer in summary(backbone.module, (spec.channels, *spec.size)).layers],
         "cuts": cuts,
     }

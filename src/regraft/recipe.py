@@ -16,14 +16,16 @@ from torch import nn
 
 from regraft.__version__ import __version__
 from regraft.architecture import is_user_function
-from regraft.artifact import TransferModel, assemble, load_model, save_model
+from regraft.artifact import TransferModel, assemble, load_model, load_with_network, save_model
 from regraft.backbone import CUSTOM, Backbone, WeightOptions, load_backbone
 from regraft.data import Dataset, LeftOut, identity, load_data, printable, read, subset
+from regraft.doctor import examine
 from regraft.errors import DataError, RegraftError, RunError
 from regraft.features import FeatureTable, extract
 from regraft.frozen import agreement
 from regraft.leaks import find_leaks
 from regraft.learned import consistent, marks_of, refuse_unsound, task_of
+from regraft.nn import Health
 from regraft.numerics import Numerics, pick_numerics
 from regraft.predict import Evaluation, evaluate_model, worst
 from regraft.probe import Bench, Task, Trial, all_grey, fit_head
@@ -209,6 +211,30 @@ def evaluate(
     dataset = load_data(data, group=group, to_learn=False)
     tested = subset(dataset, "test")
     return evaluate_model(loaded, tested if tested.examples else dataset, lambda d, t: say("predicting", d, t))
+
+
+def doctor(
+    run: str | os.PathLike[str], data: Data | None = None, *, backbone: nn.Module | None = None, say: Say = silent
+) -> Health:
+    """The health of the layers that a finished run reuses, on its pictures or others; its report shows it from then on.
+
+    data: instead of the run's own. Raises RunError where the run reuses no layers or its pictures are gone.
+    """
+    folder = Path(run)
+    record = read_record(folder)
+    if record is None or record["status"] != "finished":
+        raise RunError(f"{folder} must hold a finished run: run `regraft fit` to the end first.")
+    model, network = load_with_network(folder, backbone=backbone, device="cpu")
+    if network is None:
+        raise RunError(f"The model in {folder} must reuse layers to be examined; it sees the raw input alone.")
+    given = record["options"]["data"] if data is None else data
+    dataset = load_data(given, group=record["options"]["group"], to_learn=False)
+    say("examining the layers", 0, 1)
+    health = examine(model, network, dataset, seed=record["options"]["seed"])
+    record["health"] = health.to_json()
+    write_report(folder / REPORT_FILE, record, _pictures_of(record, dataset, subset(dataset, "test")))
+    write_record(folder, record)
+    return health
 
 
 def faithful_numerics(backbone: Backbone, device: str) -> tuple[Numerics, float]:

@@ -81,6 +81,8 @@ def render(record: Mapping[str, Any], pixels: Pixels) -> str:
         "worst": [(item, thumbnail(pixels(item["where"]))) for item in judged.worst],
         "left_out": left_out(record),
         "listed": LISTED,
+        "health": record.get("health"),
+        "flows": flows(record["health"]) if record.get("health") else (),
     }
     return environment.get_template("report.html.j2").render({**record, **drawn})
 
@@ -122,6 +124,33 @@ def spans(seconds: Mapping[str, float]) -> list[Span]:
         start = found[-1].start + found[-1].share if found else 0.0
         found.append(Span(name, PHASES.get(name, name), s, start, s / whole))
     return found
+
+
+# --- the health of layers ---
+
+
+@dataclass(frozen=True)
+class Flow:
+    """One layer: its figures, and its outputs' spread and its gradient as places on a scale of powers of ten, 0..1."""
+
+    layer: Mapping[str, Any]
+    spread: float | None
+    gradient: float | None
+
+
+def flows(health: Mapping[str, Any]) -> list[Flow]:
+    """The layers of a record's `health`, each measure on the scale between its least and its largest layer."""
+    layers = health["layers"]
+    spreads = _on_scale([layer["spread"] for layer in layers])
+    gradients = _on_scale([layer["gradient"] for layer in layers])
+    return [Flow(layer, s, g) for layer, s, g in zip(layers, spreads, gradients, strict=True)]
+
+
+def _on_scale(values: Sequence[float | None]) -> list[float | None]:
+    powers = [math.log10(v) if v else None for v in values]
+    known = [p for p in powers if p is not None]
+    low, high = (math.floor(min(known)), math.ceil(max(known))) if known else (0, 1)
+    return [None if p is None else (p - low) / max(1, high - low) for p in powers]
 
 
 # --- classes ---

@@ -1,23 +1,29 @@
-"""Fold batch normalisation into the layer before it, after training.
+"""Fold batch normalisation into the layer before or after it, after training.
 
     gamma (W x + b - mu) / sigma + beta  =  (gamma W / sigma) x  +  gamma (b - mu) / sigma + beta
+    W (gamma (x - mu) / sigma + beta) + b  =  (W gamma / sigma) x  +  W (beta - gamma mu / sigma) + b
 
-Covers a norm in evaluation mode whose only input is a convolution or linear layer that nothing else uses. Not covered:
-norms before a convolution, layers or norms used twice, transposed convolutions, weights that are made from others
-(weight norm, standardised weights); they are left as they are.
+Back: a norm in evaluation mode whose only input is a convolution or linear layer that nothing else uses. Forward: one
+that only a linear layer, or a convolution without padding, reads, and so the layer that standardises inputs. Not
+covered: norms before a padded convolution, layers or norms used twice, transposed convolutions, weights that are made
+from others (weight norm, standardised weights); `unfolded` lists them.
 """
 
 from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from regraft.nn.standardise import Standardise
+
 Norm = nn.BatchNorm1d | nn.BatchNorm2d
+Scaling = Norm | Standardise
 Layer = nn.Conv1d | nn.Conv2d | nn.Linear
 
 
@@ -28,48 +34,131 @@ def fold_batchnorm(
 
     graph: what the module computes, from the caller's trace; without it plain torch.fx traces the module, and raises
         where it cannot.
-    example: an input. Without it linear layers keep their norms: BatchNorm1d normalises axis 1, which holds the
-        layer's outputs only in tensors of rank 2.
+    example: an input. BatchNorm1d normalises axis 1, which holds a linear layer's outputs only in tensors of rank 2;
+        without an example, linear layers keep their norms unless rows are all that the module can take.
 
     A norm that also applies an activation (timm's BatchNormAct2d) leaves that in its place.
 
         >>> fold_batchnorm(nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)).eval())[1]
         Identity()
     """
-    folded = copy.deepcopy(module)
-    if graph is None:
-        folded = fx.symbolic_trace(folded)
-        graph = folded.graph
-    pairs = _pairs(folded, graph)
-    flat = _with_rows(folded, {layer for layer, _ in pairs.values() if isinstance(layer, nn.Linear)}, example)
-    for path, (layer, norm) in pairs.items():
-        if not isinstance(layer, nn.Linear) or layer in flat:
-            _fold(layer, norm)
-            _replace(folded, path, _what_remains(norm))
+    folded, graph = _copied(module, graph)
+    plan = _plan(folded, graph, example)
+    for path, fold in plan.folds.items():
+        (_fold_back if fold.back else _fold_forward)(fold.layer, fold.norm)
+        _replace(folded, path, _what_remains(fold.norm))
     return folded
 
 
-def _pairs(module: nn.Module, graph: fx.Graph) -> dict[str, tuple[Layer, Norm]]:
-    """The layers and norms that belong together, by the path of the norm."""
+def unfolded(
+    module: nn.Module, graph: fx.Graph | None = None, *, example: torch.Tensor | None = None
+) -> dict[str, str]:
+    """The norms that `fold_batchnorm` leaves in the module, by path, and why; arguments as there."""
+    return dict(_plan(*_copied(module, graph), example).left)
+
+
+@dataclass(frozen=True)
+class _Fold:
+    """A norm and the layer that takes it up, which stands before it (`back`) or after it."""
+
+    layer: Layer
+    norm: Scaling
+    back: bool
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is folded and what is left and why, by the path of the norm."""
+
+    folds: dict[str, _Fold]
+    left: dict[str, str]
+
+
+def _copied(module: nn.Module, graph: fx.Graph | None) -> tuple[nn.Module, fx.Graph]:
+    folded = copy.deepcopy(module)
+    if graph is not None:
+        return folded, graph
+    graph = _Tracer().trace(folded)
+    return fx.GraphModule(folded, graph), graph
+
+
+class _Tracer(fx.Tracer):
+    """Keeps the layer that standardises inputs in one piece."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, Standardise) or super().is_leaf_module(m, module_qualified_name)
+
+
+def _plan(module: nn.Module, graph: fx.Graph, example: torch.Tensor | None) -> _Plan:
     called = {n: module.get_submodule(str(n.target)) for n in graph.nodes if n.op == "call_module"}
     calls = Counter(called.values())
     read = {str(n.target).rpartition(".")[0] for n in graph.nodes if n.op == "get_attr"}
-    found = {}
+    flat = _with_rows(module, [layer for layer in called.values() if isinstance(layer, nn.Linear)], example)
+    plan = _Plan({}, {})
+
+    def neighbour(node: object) -> Layer | None:
+        """The layer that a node calls, if it may be changed."""
+        layer = called.get(node) if isinstance(node, fx.Node) else None
+        if not isinstance(layer, Layer) or calls[layer] > 1 or (isinstance(layer, nn.Linear) and layer not in flat):
+            return None
+        shared = isinstance(node, fx.Node) and str(node.target) in read
+        return layer if not shared and uses_weights_plainly(layer) else None
+
     for node, norm in called.items():
-        source = node.args[0] if len(node.args) == 1 and not node.kwargs else None
-        layer = called.get(source) if isinstance(source, fx.Node) and len(source.users) == 1 else None
-        if not isinstance(layer, Layer) or not isinstance(norm, Norm) or calls[norm] > 1 or calls[layer] > 1:
+        if not isinstance(norm, Scaling):
             continue
-        if not {str(node.target), str(node.all_input_nodes[0].target)} & read and _foldable(layer, norm):
-            found[str(node.target)] = (layer, norm)
-    return found
+        path = str(node.target)
+        alone = calls[norm] == 1 and path not in read and len(node.args) == 1 and not node.kwargs
+        why = _unusable(norm) or ("" if alone else "it is used in several places")
+        if why:
+            plan.left[path] = why
+            continue
+        before = node.args[0]
+        source = neighbour(before) if isinstance(before, fx.Node) and len(before.users) == 1 else None
+        target = neighbour(_reader(node, called))
+        if source is not None and not isinstance(norm, Standardise) and _outputs(source) == _width(norm):
+            plan.folds[path] = _Fold(source, norm, back=True)
+        elif target is not None and _takes(target, norm) and isinstance(_what_remains(norm), nn.Identity):
+            plan.folds[path] = _Fold(target, norm, back=False)
+        else:
+            plan.left[path] = "neither the layer before it nor the one after it can take it up alone"
+    return plan
 
 
-def _foldable(layer: Layer, norm: Norm) -> bool:
-    if norm.training or norm.running_mean is None or norm._forward_hooks or norm._forward_pre_hooks:
-        return False
-    outputs = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
-    return norm.num_features == outputs and uses_weights_plainly(layer) and _normalises_plainly(norm)
+def _reader(node: fx.Node, called: dict[fx.Node, nn.Module]) -> fx.Node | None:
+    """What alone reads the output, past layers that do nothing in evaluation."""
+    while len(node.users) == 1:
+        (node,) = node.users
+        if not isinstance(called.get(node), nn.Dropout | nn.AlphaDropout | nn.Identity):
+            return node
+    return None
+
+
+def _width(norm: Scaling) -> int:
+    return norm.features if isinstance(norm, Standardise) else norm.num_features
+
+
+def _outputs(layer: Layer) -> int:
+    return layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
+
+
+def _takes(layer: Layer, norm: Scaling) -> bool:
+    """Whether what the norm adds reaches every place of the layer's input; padding would be zeros beside it."""
+    if isinstance(layer, nn.Linear):
+        return layer.in_features == _width(norm)
+    padded = layer.padding != "valid" if isinstance(layer.padding, str) else any(layer.padding)
+    return layer.in_channels == _width(norm) and not padded
+
+
+def _unusable(norm: Scaling) -> str:
+    """Why a norm is no fixed function of its input, empty where it is one."""
+    if norm._forward_hooks or norm._forward_pre_hooks:
+        return "it has hooks"
+    if isinstance(norm, Standardise):
+        return ""
+    if norm.training or norm.running_mean is None:
+        return "it normalises each batch by itself: it is in training mode or keeps no running statistics"
+    return "" if _normalises_plainly(norm) else "it does more than batch norm"
 
 
 def uses_weights_plainly(layer: nn.Module) -> bool:
@@ -114,17 +203,20 @@ def _normalises_plainly(norm: Norm) -> bool:
         return torch.equal(alone(x.clone()), _what_remains(alone)(plain))
 
 
-def _with_rows(module: nn.Module, layers: Collection[nn.Linear], example: torch.Tensor | None) -> set[nn.Linear]:
-    """The linear layers that give tensors of rank 2, from one run on the example."""
-    if not layers or example is None:
+def _with_rows(module: nn.Module, layers: Sequence[nn.Linear], example: torch.Tensor | None) -> set[nn.Linear]:
+    """The linear layers that put out rows of features, (n, features)."""
+    if not layers:
         return set()
+    example = _rows_for(module, layers[0]) if example is None else example
     found: set[nn.Linear] = set()
+    if example is None:
+        return found
 
     def look(layer: nn.Module, inputs: object, output: torch.Tensor) -> None:
         if output.dim() == 2:
             found.add(layer)  # type: ignore[arg-type]
 
-    hooks = [layer.register_forward_hook(look) for layer in layers]
+    hooks = [layer.register_forward_hook(look) for layer in set(layers)]
     with torch.no_grad():
         module(example)
     for hook in hooks:
@@ -132,18 +224,60 @@ def _with_rows(module: nn.Module, layers: Collection[nn.Linear], example: torch.
     return found
 
 
-def _fold(layer: Layer, norm: Norm) -> None:
+def _rows_for(module: nn.Module, first: nn.Linear) -> torch.Tensor | None:
+    """Rows that the module takes, where it takes no sequences of rows, of whatever length its norms allow."""
+    widths = {_width(m) for m in module.modules() if isinstance(m, nn.BatchNorm1d | Standardise)}
+    weight = first.weight
+
+    def runs(*shape: int) -> bool:
+        try:
+            with torch.no_grad():
+                module(weight.new_zeros(shape))
+        except (RuntimeError, ValueError, IndexError):
+            return False
+        return True
+
+    if any(runs(2, length, first.in_features) for length in widths) or not runs(2, first.in_features):
+        return None
+    return weight.new_zeros(2, first.in_features)
+
+
+def _affine(norm: Scaling) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and shift of each channel, float64."""
+    if isinstance(norm, Standardise):
+        scale = 1 / norm.deviation.double()
+        return scale, -norm.mean.double() * scale
     assert norm.running_mean is not None
     assert norm.running_var is not None
     scale = (norm.running_var.double() + norm.eps).rsqrt()
     if norm.weight is not None:
         scale = scale * norm.weight.double()
-    weight, bias = layer.weight, layer.bias
-    shift = (bias.double() if bias is not None else 0) - norm.running_mean.double()
-    shift = shift * scale + (norm.bias.double() if norm.bias is not None else 0)
-    folded = weight.double() * scale.view(-1, *[1] * (weight.dim() - 1))
-    layer.weight = nn.Parameter(folded.detach().to(weight.dtype), weight.requires_grad)
-    layer.bias = nn.Parameter(shift.detach().to(weight.dtype), weight.requires_grad)
+    shift = -norm.running_mean.double() * scale
+    return scale, shift if norm.bias is None else shift + norm.bias.double()
+
+
+def _fold_back(layer: Layer, norm: Scaling) -> None:
+    scale, shift = _affine(norm)
+    weight = layer.weight.double()
+    bias = 0 if layer.bias is None else layer.bias.double() * scale
+    _set(layer, weight * scale.view(-1, *[1] * (weight.dim() - 1)), bias + shift)
+
+
+def _fold_forward(layer: Layer, norm: Scaling) -> None:
+    scale, shift = _affine(norm)
+    weight = layer.weight.double()
+    groups = 1 if isinstance(layer, nn.Linear) else layer.groups
+    own = (torch.arange(len(weight)) // (len(weight) // groups)).to(scale.device)
+    inner = [-1, weight.shape[1], *[1] * (weight.dim() - 2)]  # the channels that each output of a group reads
+    scale, shift = (v.view(groups, -1)[own].view(inner) for v in (scale, shift))
+    bias = 0 if layer.bias is None else layer.bias.double()
+    _set(layer, weight * scale, bias + (weight * shift).flatten(1).sum(1))
+
+
+def _set(layer: Layer, weight: torch.Tensor, bias: torch.Tensor) -> None:
+    old = layer.weight
+    layer.weight = nn.Parameter(weight.detach().to(old.dtype), old.requires_grad)
+    layer.bias = nn.Parameter(bias.detach().to(old.dtype), old.requires_grad)
 
 
 def _what_remains(norm: nn.Module) -> nn.Module:

@@ -1,0 +1,61 @@
+"""`regraft doctor`: the layers that a run reuses are examined on its pictures, and its report shows it from then on."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+import regraft
+import tiny
+from conftest import regraft as command
+from regraft.errors import DataError, RunError
+from regraft.recipe import doctor
+from regraft.store import open_store
+
+
+def test_a_run_is_examined_and_its_report_shows_it(real_run, tmp_path):
+    run, data, _ = real_run
+    copied = shutil.copytree(run, tmp_path / "run")
+    before = command("predict", copied, data / "test", "--json", cache=tmp_path / "store").stdout
+    done = command("doctor", copied, "--json", cache=tmp_path / "store")
+    assert done.returncode == 0, done.stderr
+    health = json.loads(done.stdout)
+    weighted = [layer for layer in health["layers"] if layer["gradient"] is not None]
+    assert weighted[0]["path"] == "conv_stem"
+    assert all(layer["gradient"] > 0 for layer in weighted)
+    assert all(layer["update"] is None for layer in health["layers"])
+    assert "Health of the layers" in (copied / "report.html").read_text()
+    assert "Health of the layers" not in (run / "report.html").read_text()
+    assert command("predict", copied, data / "test", "--json", cache=tmp_path / "store").stdout == before
+    shown = command("doctor", copied, "--data", data, cache=tmp_path / "store")
+    assert "conv_stem" in shown.stdout
+
+
+def fitted(tmp_path, module, draw=tiny.stripes):
+    data = tiny.write_pictures(tmp_path / "pictures", draw=draw)
+    store = open_store(tmp_path / "store")
+    return regraft.fit(data, module, example=tiny.EXAMPLE, out=tmp_path / "run", store=store)
+
+
+def test_units_that_no_picture_wakes_are_named(tmp_path):
+    module = tiny.TinyNet()
+    run = fitted(tmp_path, module)
+    assert run.model.frozen is not None
+    before = {name: t.clone() for name, t in module.state_dict().items()}
+    health = doctor(run.folder, backbone=module)
+    assert health.batches >= 1
+    assert all((t == before[name]).all() for name, t in module.state_dict().items())
+    assert json.loads((run.folder / "record.json").read_text())["health"]["batches"] == health.batches
+
+
+def test_what_cannot_be_examined_gets_one_sentence(tmp_path):
+    run = fitted(tmp_path, tiny.TinyNet(), draw=tiny.colours)
+    with pytest.raises(RunError, match="must reuse layers to be examined"):
+        doctor(run.folder)
+    with pytest.raises(RunError, match="must hold a finished run"):
+        doctor(tmp_path / "nothing")
+    shutil.rmtree(tmp_path / "pictures")
+    with pytest.raises((DataError, RunError)):
+        doctor(run.folder, tmp_path / "pictures")

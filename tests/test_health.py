@@ -1,0 +1,142 @@
+"""Each illness of a network in training is provoked, named, and cured by what is advised."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from regraft.nn import Clipping, Health, clip_gradients, initialize_, mlp, watch
+
+ROWS, FEATURES, CLASSES = 64, 20, 4
+
+
+def trained(
+    module: nn.Module, *, rate: float = 0.01, steps: int = 15, clipping: Clipping | None = None, scale: float = 1.0
+) -> Health:
+    """The health of a network after some steps of gradient descent on a task that it can learn."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(ROWS * steps, FEATURES, generator=generator) * scale
+    labels = (x @ torch.randn(FEATURES, CLASSES, generator=generator)).argmax(1)
+    optimizer = torch.optim.SGD(module.train().parameters(), lr=rate)
+    with watch(module) as watched:
+        for batch, target in zip(x.split(ROWS), labels.split(ROWS), strict=True):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(module(batch), target).backward()
+            if clipping:
+                clip_gradients(module.parameters(), clipping)
+            optimizer.step()
+        return watched.health()
+
+
+def names(health: Health) -> set[str]:
+    return {illness.name for illness in health.illnesses}
+
+
+def deep(activation: str, depth: int = 20, **options: object) -> nn.Sequential:
+    torch.manual_seed(0)
+    return mlp([FEATURES] + [60] * depth + [CLASSES], activation, **options)  # type: ignore[arg-type]
+
+
+def with_normal_weights(module: nn.Module) -> nn.Module:
+    """Weights from N(0, 1), as they began before Glorot and Bengio."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.normal_(layer.weight)
+    return module
+
+
+def test_sigmoids_with_normal_weights_saturate_and_their_gradients_vanish_and_the_advice_helps() -> None:
+    ill = trained(with_normal_weights(deep("sigmoid", 8)))
+    assert "saturation" in names(ill)
+    assert "vanishing gradients" in names(trained(deep("sigmoid", 12)))
+    for cured in (deep("relu", 8), deep("sigmoid", 3), deep("sigmoid", 8, norm="batch", before=True)):
+        assert not names(trained(cured)) & {"saturation", "vanishing gradients", "exploding gradients"}
+
+
+def test_a_large_rate_kills_relu_units_and_a_lower_rate_or_a_leak_keeps_them_alive() -> None:
+    ill = trained(deep("relu", 3), rate=30.0, steps=30)
+    assert names(ill) & {"dying units", "exploding gradients"}
+    dead = next((i for i in ill.illnesses if i.name == "dying units"), None)
+    assert dead is not None
+    assert any("rate" in remedy for remedy in dead.remedies)
+    assert "dying units" not in names(trained(deep("relu", 3), rate=0.05, steps=30))
+    assert "dying units" not in names(trained(deep("elu", 3), rate=0.5, steps=30))
+
+
+def test_a_deep_stack_with_the_wrong_initialiser_explodes_or_vanishes_and_the_right_one_does_neither() -> None:
+    large = with_normal_weights(deep("relu"))
+    assert "exploding gradients" in names(trained(large, rate=1e-12))
+    small = deep("relu", 40)
+    for layer in small.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.normal_(layer.weight, std=0.01)
+    assert "vanishing gradients" in names(trained(small))
+    assert names(trained(deep("relu"))) == set()
+    assert names(trained(deep("selu", 40))) == set()
+
+
+def test_clipping_is_advised_for_exploding_gradients_and_bounds_the_steps() -> None:
+    wild = trained(deep("relu", 3), rate=0.1, scale=1e4, steps=10)
+    (illness,) = [i for i in wild.illnesses if i.name == "exploding gradients"]
+    assert illness.remedies[0] == "gradient clipping by norm"
+    clipped = trained(deep("relu", 3), rate=0.1, scale=1e4, steps=10, clipping=Clipping("norm", 1.0))
+    assert max(layer.update or 0 for layer in clipped.layers) < 0.1
+
+
+def test_values_that_are_not_finite_are_named_and_become_none_in_json() -> None:
+    torch.manual_seed(0)
+    module = mlp([FEATURES, 10, CLASSES])
+    with torch.no_grad():
+        module.hidden1.weight[0, 0] = float("inf")
+    health = trained(module, steps=2)
+    assert "exploding gradients" in names(health)
+    assert "not finite" in str(health)
+    assert health.to_json()["layers"][0]["mean"] is None
+
+
+def test_watching_changes_nothing() -> None:
+    def run(watched: bool) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        module = mlp([FEATURES, 30, CLASSES], norm="batch", dropout=0.3)
+        if watched:
+            trained(module)
+        else:
+            generator = torch.Generator().manual_seed(0)
+            x = torch.randn(ROWS * 15, FEATURES, generator=generator)
+            labels = (x @ torch.randn(FEATURES, CLASSES, generator=generator)).argmax(1)
+            optimizer = torch.optim.SGD(module.parameters(), lr=0.01)
+            for batch, target in zip(x.split(ROWS), labels.split(ROWS), strict=True):
+                optimizer.zero_grad()
+                nn.functional.cross_entropy(module(batch), target).backward()
+                optimizer.step()
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in module.modules())
+        return list(module.state_dict().values())
+
+    assert all(torch.equal(a, b) for a, b in zip(run(True), run(False), strict=True))
+
+
+def test_figures_of_each_layer_are_what_they_say() -> None:
+    torch.manual_seed(0)
+    module = initialize_(nn.Sequential(nn.Linear(FEATURES, 8), nn.ReLU(), nn.Linear(8, CLASSES)), "relu")
+    with torch.no_grad():
+        module[0].bias[:3] = -1e6  # three units that no input wakes
+    health = trained(module, rate=0.0, steps=4)
+    linear, relu, last = health.layers
+    assert relu.dead == pytest.approx(3 / 8)
+    assert (linear.update, last.update) == (None, None)
+    assert (linear.gradient or 0) > 0
+    assert health.batches == 4
+    assert "38%" in str(health)
+    trained_once = trained(module, rate=0.1, steps=2)
+    assert 0 < (trained_once.layers[-1].update or 0) < 1
+
+
+@pytest.mark.parametrize("runs", [0, 1])
+def test_a_network_that_did_not_train_has_no_figures(runs: int) -> None:
+    module = nn.Sequential(nn.Linear(3, 2)).eval()
+    with watch(module) as watched:
+        for _ in range(runs):
+            module(torch.zeros(2, 3))
+        with pytest.raises(ValueError, match="must have run in training mode"):
+            watched.health()
