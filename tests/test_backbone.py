@@ -8,11 +8,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
+from regraft.architecture import stated_or_found
 from regraft.backbone import Backbone, load_backbone, rebuild, weights_digest
 from regraft.errors import BackboneError, TraceError
-from regraft.preprocess import plain_spec
+from regraft.preprocess import normalise, plain_spec
 from tiny import EXAMPLE, TinyNet
 
 
@@ -292,3 +294,46 @@ def test_names_and_shapes_of_tensors_count() -> None:
     third = nn.Module()
     third.register_buffer("b", torch.zeros(4))
     assert len({weights_digest(m, "") for m in (one, other, third)}) == 3
+
+
+class Scaled(nn.Module):
+    """A network that prepares its input itself."""
+
+    def __init__(self, prepare: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.prepare, self.norm, self.conv = prepare, nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(F.pad(self.norm(self.prepare(x)), (1, 1, 1, 1)))
+
+
+MEANS, DEVIATIONS = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("prepare", "levels"),
+    [
+        (lambda x: x, False),
+        (lambda x: (x - MEANS) / DEVIATIONS, False),
+        (lambda x: x * 2 - 1, False),
+        (lambda x: x / 255, True),
+        (lambda x: x / 127.5 - 1, True),
+        (lambda x: x[:, [2, 1, 0]] - torch.tensor([103.9, 116.8, 123.7]).view(3, 1, 1), True),
+        (lambda x: (x - 255 * MEANS) / (255 * DEVIATIONS), True),
+    ],
+)
+def test_a_network_that_scales_its_input_gets_what_it_scales(
+    prepare: Callable[[torch.Tensor], torch.Tensor], levels: bool
+) -> None:
+    spec = stated_or_found(None, Scaled(prepare).eval(), (3, 16, 16))
+    white = normalise(torch.full((1, 3, 16, 16), 255, dtype=torch.uint8), spec)
+    assert float(white.max()) == pytest.approx(255 if levels else 1)
+    stated = plain_spec(9, 9, 3)
+    assert stated_or_found(stated, Scaled(prepare).eval(), (3, 16, 16)) is stated
+
+
+def test_norms_on_the_input_tell_by_their_statistics() -> None:
+    module = Scaled(lambda x: x).eval()
+    module.norm.running_mean.fill_(120.0)
+    module.norm.running_var.fill_(3600.0)
+    assert stated_or_found(None, module, (3, 16, 16)).std == (1 / 255,) * 3

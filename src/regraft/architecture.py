@@ -15,7 +15,7 @@ import math
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -149,10 +149,44 @@ def with_pictures(module: nn.Module, shape: tuple[int, ...] | None = None) -> tu
     )
 
 
-def stated_or_plain(stated: PreprocessSpec | None, shape: tuple[int, int, int]) -> PreprocessSpec:
-    """The preprocessing that is stated, else pictures stretched to the shape with values in [0, 1]."""
+def stated_or_found(stated: PreprocessSpec | None, module: nn.Module, shape: tuple[int, int, int]) -> PreprocessSpec:
+    """The preprocessing that is stated, else pictures stretched to the shape, with values in [0, 1].
+
+    A network that scales its input itself gets grey levels 0..255 if those are what it scales.
+    """
     channels, height, width = shape
-    return stated or plain_spec(height, width, channels)
+    plain = plain_spec(height, width, channels)
+    if stated or not _scales_levels(module, shape):
+        return stated or plain
+    return replace(plain, std=(1 / 255,) * channels)
+
+
+def _scales_levels(module: nn.Module, shape: tuple[int, int, int]) -> bool:
+    """Whether the first layer with weights reads numbers of mean 0 and deviation 1 rather from levels than from shares.
+
+    Two runs on noise tell; the distance is in powers of ten.
+    """
+    noise = torch.rand(2, *shape, generator=torch.Generator().manual_seed(0))
+    unit, levels = (_distance(_first_read(module, noise * scale)) for scale in (1, 255))
+    return levels < unit
+
+
+def _first_read(module: nn.Module, pictures: torch.Tensor) -> torch.Tensor:
+    read: list[torch.Tensor] = []
+    layers = [m for m in module.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    hooks = [m.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0].float())) for m in layers]
+    try:
+        with torch.no_grad():
+            module(pictures)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return read[0] if read else pictures
+
+
+def _distance(x: torch.Tensor) -> float:
+    mean, deviation = float(x.mean().abs()), max(float(x.std()), 1e-12)
+    return abs(math.log10(deviation)) + math.log10(1 + mean / deviation)
 
 
 def _shapes(first: nn.Module | None) -> list[tuple[int, int, int]]:

@@ -16,7 +16,7 @@ from regraft.architecture import (
     from_config,
     is_network_folder,
     is_user_function,
-    stated_or_plain,
+    stated_or_found,
     with_pictures,
 )
 from regraft.cut import lower_at, split
@@ -119,7 +119,7 @@ def load_backbone(
         layout, a file of any framework (see `read_checkpoint`), or any `nn.Module` together with `example`, a batch of
         the input it takes, (n, channels, height, width). The module is copied: the caller's stays as it is.
     preprocess: instead of what the network states; networks that state nothing get their input stretched to their
-        size with values in [0, 1].
+        size with values in [0, 1], or in 0..255 where a file's network scales those itself.
     arch: the network that a file of weights belongs to: a name as above or `package.module:function`.
     match, rename, layout, adapt, min_coverage: as in `restore`.
 
@@ -239,7 +239,7 @@ def _from_file(
         raise ReaderError(f"{spec} brings its own network: --match, --rename and --layout need --arch.")
     network = build(checkpoint.operations, checkpoint.tensors)
     module, shape = with_pictures(network, _picture_shape(checkpoint.input_shape))
-    final = stated_or_plain(preprocess, shape)
+    final = stated_or_found(preprocess, module, shape)
     operations = checkpoint.operations if module is network else None
     return _assemble(module, _blank(final), final, Source(spec, DESCRIBED, "", True, None), operations)
 
@@ -263,8 +263,8 @@ def _from_weights(
     made = architecture(arch, pretrained=False, seed=seed)
     stated = preprocess or made.preprocess
     module, shape = with_pictures(made.module, (stated.channels, *stated.size) if stated else None)
-    final = stated_or_plain(stated, shape)
-    coverage = restore(made.module, checkpoint, example=_blank(final), **options)
+    coverage = restore(made.module, checkpoint, example=torch.zeros(2, *shape), **options)
+    final = stated_or_found(stated, module, shape)
     if module is not made.module:
         coverage = coverage.below("network")
     said = as_operations(module, _blank(final)) if is_user_function(arch) else None
