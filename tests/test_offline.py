@@ -75,6 +75,7 @@ def test_every_command_runs_without_a_network_and_tries_none(cut_off, tmp_path):
         ["curve", data, "--backbone", "default", "--backbone", "scratch"],
         ["predict", run, data],
         ["evaluate", run, data],
+        ["doctor", run],
         ["inspect"],
         ["cache", "list"],
         ["cache", "verify"],
