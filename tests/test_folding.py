@@ -210,6 +210,40 @@ def test_each_norm_that_stays_is_listed_with_its_reason() -> None:
     assert set(unfolded(worn(TwoNames()))) == {"bn", "other"}
 
 
+@pytest.mark.parametrize("mean", [2000.0, 1e5, 1.7e9])
+def test_means_far_from_0_are_not_folded_forward_for_digits_would_be_lost(mean: float) -> None:
+    torch.manual_seed(0)
+    module = mlp([6, 5, 3], standardise=True).eval()
+    module.standardise.adapt(torch.randn(50, 6) * 5 + mean)
+    assert unfolded(module) == {"standardise": "its means lie far from 0, and digits would be lost"}
+    assert isinstance(fold_batchnorm(module)[0], Standardise)
+
+
+def test_what_comes_back_is_a_copy_of_the_module_itself() -> None:
+    module = worn(nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)))
+    assert isinstance(fold_batchnorm(module)[1], nn.Identity)
+    assert type(fold_batchnorm(module)) is nn.Sequential
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm3d(4), nn.SyncBatchNorm(4)])
+def test_norms_of_other_kinds_are_listed(norm: nn.Module) -> None:
+    assert unfolded(nn.Sequential(nn.ReLU(), norm).eval()) == {"1": f"a {type(norm).__name__} is not folded"}
+
+
+class Two(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.norm = nn.Linear(3, 4), nn.BatchNorm1d(4)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.norm(self.fc(x)) + y
+        return result
+
+
+def test_modules_of_several_inputs_keep_their_norms() -> None:
+    assert norms(fold_batchnorm(worn(Two()))) == 1
+
+
 # --- what is left alone ---
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -140,3 +143,99 @@ def test_a_network_that_did_not_train_has_no_figures(runs: int) -> None:
             module(torch.zeros(2, 3))
         with pytest.raises(ValueError, match="must have run in training mode"):
             watched.health()
+
+
+class Reused(nn.Module):
+    """One activation after layers of different widths and ranks; the first position is dead, the second is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.relu = nn.Linear(FEATURES, 16), nn.Linear(16, CLASSES), nn.ReLU()
+        nn.init.constant_(self.a.bias, -1e6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.relu(self.b(self.relu(self.a(x)).unsqueeze(1)) + 1).squeeze(1)
+
+
+def test_an_activation_used_at_several_places_is_seen_at_each() -> None:
+    torch.manual_seed(0)
+    health = trained(Reused(), rate=0.0)
+    assert "dying units" in names(health)
+
+
+@pytest.mark.parametrize("change", ["frozen", "weight_norm", "spectral_norm", "lazy", "one example", "empty"])
+def test_layers_of_every_kind_can_be_watched(change: str) -> None:
+    torch.manual_seed(0)
+    module = mlp([FEATURES, 30, 30, CLASSES])
+    x = torch.randn(64, FEATURES)
+    if change == "frozen":
+        module.hidden1.requires_grad_(False)
+    elif change == "weight_norm":
+        nn.utils.parametrizations.weight_norm(module.hidden1)
+    elif change == "spectral_norm":
+        nn.utils.parametrizations.spectral_norm(module.hidden1)
+    elif change == "lazy":
+        module.hidden2 = nn.LazyLinear(30)
+    elif change == "one example":
+        x = x[:1]
+    with watch(module) as watched:
+        module(x).sum().backward()
+        if change == "empty":
+            module(x[:0])
+        health = watched.health()
+    assert names(health) == set()
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in module.modules())
+
+
+def test_copies_of_a_watched_network_are_not_watched_and_it_can_be_saved(tmp_path: Path) -> None:
+    module = mlp([FEATURES, 30, CLASSES])
+    with watch(module) as watched:
+        copied = copy.deepcopy(module)
+        copied(torch.randn(40, FEATURES))
+        with pytest.raises(ValueError, match="no batch was seen"):
+            watched.health()
+        torch.save(module, tmp_path / "m.pt")
+        assert torch.load(tmp_path / "m.pt", weights_only=False)(torch.ones(1, FEATURES)).shape == (1, CLASSES)
+
+
+@pytest.mark.parametrize("kind", ["scaled loss", "zero head", "accumulated", "large targets", "skip", "sigmoid output"])
+def test_healthy_training_raises_no_alarm(kind: str) -> None:
+    torch.manual_seed(0)
+    module: nn.Module = mlp([FEATURES] + [60] * 6 + [CLASSES])
+    if kind == "zero head":
+        nn.init.zeros_(module.output.weight)
+    if kind == "sigmoid output":
+        module = nn.Sequential(*module, nn.Sigmoid())
+    if kind == "skip":
+        module = Skips()
+    optimizer = torch.optim.Adam(module.parameters(), lr=1e-3)
+    scale = {"scaled loss": 65536.0, "large targets": 1e5}.get(kind, 1.0)
+    with watch(module) as watched:
+        for step in range(12):
+            x = torch.randn(ROWS, FEATURES)
+            loss = nn.functional.mse_loss(module(x), x[:, :CLASSES] * (scale if kind == "large targets" else 1))
+            (loss * (scale if kind == "scaled loss" else 1)).backward()
+            if kind != "accumulated" or step % 4 == 3:
+                if kind == "scaled loss":
+                    for p in module.parameters():
+                        p.grad /= scale
+                optimizer.step()
+                optimizer.zero_grad()
+        assert names(watched.health()) == set()
+
+
+class Skips(nn.Module):
+    """Residual blocks with a scale that begins near 0, as in transformers: their branches hardly learn at first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(FEATURES, 60), nn.Linear(60, CLASSES)
+        self.blocks = nn.ModuleList(mlp([60, 60, 60], "gelu") for _ in range(6))
+        self.scale = nn.Parameter(torch.full((6,), 1e-5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        for scale, block in zip(self.scale, self.blocks, strict=True):
+            x = x + scale * block(x)
+        result: torch.Tensor = self.head(x)
+        return result

@@ -146,9 +146,10 @@ def test_a_hundred_selu_layers_keep_mean_0_and_deviation_1() -> None:
         (lambda net: check_selu(nn.init.normal_(net.hidden2.weight) is None or net), "LeCun normal.*hidden2"),
         (lambda net: check_selu(net.append(nn.BatchNorm1d(3))), "no other normalisation.*BatchNorm1d"),
         (lambda net: check_selu(net.append(nn.Dropout(0.1))), "alpha dropout.*Dropout"),
-        (lambda net: check_selu(net.append(nn.ReLU())), "another activation"),
+        (lambda net: check_selu(nn.Sequential(*net[:2], nn.ReLU(), *net[2:])), "another activation"),
         (lambda net: check_selu(net.append(nn.Bilinear(2, 2, 2))), "no plain stack"),
         (lambda net: check_selu(net, l1=0.1), "no l1 penalty"),
+        (lambda net: check_selu(nn.Sequential(Standardise(20), *net)), "never adapted"),
         (lambda net: check_selu(net, optimizer=torch.optim.SGD(net.parameters(), weight_decay=0.01)), "no l2 penalty"),
         (lambda net: check_selu(net, max_norm=1.0), "max-norm; it is 1"),
         (lambda net: check_selu(mlp([20, 30, 3])), "must be SELU; there is none"),
@@ -158,6 +159,7 @@ def test_each_broken_condition_is_named(change: Callable[[nn.Module], tuple[str,
     torch.manual_seed(0)
     made = mlp([20, 30, 40, 3], "selu")
     assert check_selu(made, torch.randn(5000, 20)) == ()
+    assert check_selu(nn.Sequential(*made, nn.LogSoftmax(1)), torch.randn(64, 20)) == ()
     broken = change(made)
     assert len([sentence for sentence in broken if re.search(says, sentence)]) == 1, broken
 

@@ -1,7 +1,8 @@
 """The health of a saved model's network on pictures: what flows through the reused layers, and what would flow back.
 
-One pass forward and one back in evaluation mode, nothing is trained: the loss of the saved head says what each layer
-would be told. Knows the saved model and labelled pictures; the figures and illnesses are those of `nn.health`.
+One pass forward and one back in evaluation mode, nothing is trained: the answers of the saved head, brought to unit
+size, say what each layer would be told. Knows the saved model and labelled pictures; the figures and illnesses are
+those of `nn.health`.
 """
 
 from __future__ import annotations
@@ -42,14 +43,17 @@ def examine(model: TransferModel, backbone: Backbone, dataset: Dataset, *, seed:
                 for view, value, cut in zip(model.head.views, values, cuts, strict=True)
             ]
             logits = torch.cat(seen, 1) @ model.head.weight.T + model.head.bias
-            F.cross_entropy(logits, labels).backward()  # type: ignore[no-untyped-call]
+            centred = logits - logits.mean(1, keepdim=True)
+            # Of unit size: a head that is sure of its own pictures would tell the layers nothing.
+            F.cross_entropy(centred / centred.detach().square().mean().sqrt().clamp(min=1e-12), labels).backward()  # type: ignore[no-untyped-call]
+            lower.zero_grad(set_to_none=True)
         return watched.health()
 
 
 def _seen(view: View, rows: torch.Tensor) -> torch.Tensor:
     """Rows (n, parts, channels) as the head sees them (see `View.of`), with gradients."""
     seen = rows.flatten(1) if view.whole else rows.mean(1)
-    return seen.abs().clamp(min=1e-12).sqrt().copysign(seen) if view.root else seen
+    return seen.abs().clamp(min=1e-4).sqrt().copysign(seen) if view.root else seen
 
 
 def _batches(model: TransferModel, dataset: Dataset, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

@@ -25,6 +25,8 @@ from regraft.nn.standardise import Standardise
 Norm = nn.BatchNorm1d | nn.BatchNorm2d
 Scaling = Norm | Standardise
 Layer = nn.Conv1d | nn.Conv2d | nn.Linear
+FAR_OFF = 6e-6
+"""The most that folding forward may lose of an input of deviation 1."""
 
 
 def fold_batchnorm(
@@ -78,8 +80,7 @@ def _copied(module: nn.Module, graph: fx.Graph | None) -> tuple[nn.Module, fx.Gr
     folded = copy.deepcopy(module)
     if graph is not None:
         return folded, graph
-    graph = _Tracer().trace(folded)
-    return fx.GraphModule(folded, graph), graph
+    return folded, _Tracer().trace(folded)
 
 
 class _Tracer(fx.Tracer):
@@ -105,9 +106,11 @@ def _plan(module: nn.Module, graph: fx.Graph, example: torch.Tensor | None) -> _
         return layer if not shared and uses_weights_plainly(layer) else None
 
     for node, norm in called.items():
-        if not isinstance(norm, Scaling):
-            continue
         path = str(node.target)
+        if not isinstance(norm, Scaling):
+            if isinstance(norm, nn.modules.batchnorm._BatchNorm):
+                plan.left[path] = f"a {type(norm).__name__} is not folded"
+            continue
         alone = calls[norm] == 1 and path not in read and len(node.args) == 1 and not node.kwargs
         why = _unusable(norm) or ("" if alone else "it is used in several places")
         if why:
@@ -118,6 +121,8 @@ def _plan(module: nn.Module, graph: fx.Graph, example: torch.Tensor | None) -> _
         target = neighbour(_reader(node, called))
         if source is not None and not isinstance(norm, Standardise) and _outputs(source) == _width(norm):
             plan.folds[path] = _Fold(source, norm, back=True)
+        elif target is not None and _takes(target, norm) and _is_far_off(norm, target.weight.dtype):
+            plan.left[path] = "its means lie far from 0, and digits would be lost"
         elif target is not None and _takes(target, norm) and isinstance(_what_remains(norm), nn.Identity):
             plan.folds[path] = _Fold(target, norm, back=False)
         else:
@@ -148,6 +153,20 @@ def _takes(layer: Layer, norm: Scaling) -> bool:
         return layer.in_features == _width(norm)
     padded = layer.padding != "valid" if isinstance(layer.padding, str) else any(layer.padding)
     return layer.in_channels == _width(norm) and not padded
+
+
+def _is_far_off(norm: Scaling, dtype: torch.dtype) -> bool:
+    """Whether mean / deviation is so large that W x / s - W m / s cancels most digits."""
+    mean = norm.mean if isinstance(norm, Standardise) else norm.running_mean
+    assert mean is not None
+    return float((mean.double() / _deviations(norm)).abs().max()) * torch.finfo(dtype).eps > FAR_OFF
+
+
+def _deviations(norm: Scaling) -> torch.Tensor:
+    if isinstance(norm, Standardise):
+        return norm.deviation.double()
+    assert norm.running_var is not None
+    return (norm.running_var.double() + norm.eps).sqrt()
 
 
 def _unusable(norm: Scaling) -> str:
@@ -217,10 +236,12 @@ def _with_rows(module: nn.Module, layers: Sequence[nn.Linear], example: torch.Te
             found.add(layer)  # type: ignore[arg-type]
 
     hooks = [layer.register_forward_hook(look) for layer in set(layers)]
-    with torch.no_grad():
-        module(example)
-    for hook in hooks:
-        hook.remove()
+    try:
+        with torch.no_grad():
+            module(example)
+    finally:
+        for hook in hooks:
+            hook.remove()
     return found
 
 
@@ -233,7 +254,7 @@ def _rows_for(module: nn.Module, first: nn.Linear) -> torch.Tensor | None:
         try:
             with torch.no_grad():
                 module(weight.new_zeros(shape))
-        except (RuntimeError, ValueError, IndexError):
+        except Exception:  # whatever a network raises for inputs that are not its own
             return False
         return True
 

@@ -25,21 +25,24 @@ from regraft.nn.activations import Swish
 
 WINDOW = 20
 """Training batches that figures are taken over."""
-RECTIFIERS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.Threshold, nn.Hardswish)
+RECTIFIERS = (nn.ReLU, nn.ReLU6, nn.Threshold, nn.Hardswish)
 SQUASHERS = (nn.Sigmoid, nn.Tanh, nn.Hardsigmoid, nn.Hardtanh, nn.Softsign)
-ACTIVATIONS = (*RECTIFIERS, *SQUASHERS, nn.PReLU, nn.RReLU, nn.ELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish, Swish)
+SMOOTH = (nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.ELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish, Swish)
+ACTIVATIONS = (*RECTIFIERS, *SQUASHERS, *SMOOTH)
 WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.instancenorm._InstanceNorm)
 APART = 1e3
-"""Gradients of layers whose sizes differ by this factor vanish or explode on the way."""
-TOO_LARGE = 10.0
-"""A gradient this many times the size of its weights, or a signal this many times larger than..."""
+"""Gradients of the first and the last layers whose sizes differ by this factor vanish or explode on the way."""
 GROWN = 1e3
-"""A signal that is so many times larger at the end than at the start explodes."""
+"""A signal that is so many times larger or smaller at the end than at the start explodes or fades."""
+TOO_FAR = 1.0
+"""A step that moves weights by more than their own size is too large."""
 MANY = 0.4
 """Share of units of a layer that are dead or saturated, from which on the layer is ill."""
+ENOUGH = 32
+"""Fewer examples do not tell a dead unit from one that was not needed."""
 END = 0.02
 """A squashing activation within this share of its range from an end is saturated."""
-RANGES = {nn.Sigmoid: (0.0, 1.0), nn.Hardsigmoid: (0.0, 1.0)}
 
 
 @dataclass(frozen=True)
@@ -47,8 +50,8 @@ class LayerHealth:
     """Figures of one layer over the last batches; None where they do not apply.
 
     mean, spread: of its outputs; dead, saturated: shares of its units and values, 0..1.
-    gradient, weight: root mean squares of its weights' gradient and of its weights; update: root mean square of the
-    last change of its weights over that of the weights.
+    gradient, weight: root mean squares of its weights' gradient and of its weights, which count for no less than
+    1 / sqrt(fan_in), as they might begin; update: root mean square of a step's change over that of the weights.
     """
 
     path: str
@@ -118,7 +121,10 @@ class Health:
 
 @dataclass
 class _Seen:
-    """What was seen of one layer, the last batches only."""
+    """What was seen of one layer, the last batches only.
+
+    asleep: for each of its calls in a batch, for each unit, the examples in a row that did not wake it.
+    """
 
     path: str
     kind: str
@@ -126,7 +132,9 @@ class _Seen:
     saturated: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
     gradients: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
     updates: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
-    asleep: torch.Tensor | None = None
+    examples: deque[int] = field(default_factory=lambda: deque(maxlen=WINDOW))
+    asleep: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
+    calls: int = 0
     before: torch.Tensor | None = None
 
 
@@ -134,20 +142,23 @@ class Watch:
     """Watches a module through hooks, which change nothing; `health()` says what was seen (see `watch`)."""
 
     def __init__(self, module: nn.Module, *, in_evaluation: bool = False) -> None:
-        kinds = (*WEIGHTED, *ACTIVATIONS)
         self._module = module
         self._in_evaluation = in_evaluation
         self._batches = 0
         self._seen: dict[nn.Module, _Seen] = {}
         self._order: list[nn.Module] = []
+        self._followed: set[nn.Module] = set()
         self._hooks: list[Any] = [module.register_forward_pre_hook(self._begin)]
         for path, layer in module.named_modules():
-            if isinstance(layer, kinds):
+            if isinstance(layer, (*WEIGHTED, *ACTIVATIONS)):
                 self._seen[layer] = _Seen(path, type(layer).__name__)
                 self._hooks.append(layer.register_forward_hook(self._forward))
-                if isinstance(layer, WEIGHTED):
-                    weight: Any = layer.weight
-                    self._hooks.append(weight.register_post_accumulate_grad_hook(self._backward_of(layer)))
+
+    def __deepcopy__(self, memo: object) -> Watch:
+        return self  # a copy of the module is not watched: its layers are none of these
+
+    def __reduce__(self) -> tuple[type[_Unwatched], tuple[()]]:
+        return _Unwatched, ()
 
     def health(self) -> Health:
         """Figures over the last training batches, and illnesses. Raises ValueError when no batch was seen."""
@@ -155,7 +166,8 @@ class Watch:
             raise ValueError("A watched network must have run in training mode; no batch was seen.")
         self._note_updates()
         layers = tuple(_figures(self._seen[layer], layer) for layer in self._order)
-        return Health(layers, tuple(_illnesses(layers)), self._batches)
+        normed = any(isinstance(m, NORMS) for m in self._module.modules())
+        return Health(layers, tuple(_illnesses(layers, normed=normed)), self._batches)
 
     def close(self) -> None:
         """Take the hooks off."""
@@ -167,14 +179,21 @@ class Watch:
         return self._module.training or self._in_evaluation
 
     def _begin(self, module: nn.Module, inputs: object) -> None:
-        if self._watches():
-            self._batches += 1
-            self._note_updates()
+        if module is not self._module or not self._watches():
+            return
+        self._batches += 1
+        self._note_updates()
+        for layer, seen in self._seen.items():
+            seen.calls = 0
+            weight: Any = layer.weight if isinstance(layer, WEIGHTED) else None
+            if layer not in self._followed and _is_trained(weight):
+                self._followed.add(layer)
+                self._hooks.append(weight.register_hook(lambda g, seen=seen: seen.gradients.append(_rms(g))))
 
     def _note_updates(self) -> None:
         with torch.no_grad():
             for layer, seen in self._seen.items():
-                if not isinstance(layer, WEIGHTED) or not layer.weight.requires_grad:
+                if not isinstance(layer, WEIGHTED) or not _is_trained(layer.weight):
                     continue
                 weight = layer.weight.detach()
                 if seen.before is not None and not torch.equal(seen.before, weight):
@@ -182,7 +201,7 @@ class Watch:
                 seen.before = weight.clone()
 
     def _forward(self, layer: nn.Module, inputs: object, output: torch.Tensor) -> None:
-        if not self._watches():
+        if layer not in self._seen or not self._watches() or not output.numel():
             return
         if layer not in self._order:
             self._order.append(layer)
@@ -190,19 +209,31 @@ class Watch:
         with torch.no_grad():
             x = output.detach().float()
             seen.moments.append((float(x.mean()), float(x.std(correction=0))))
-            if isinstance(layer, RECTIFIERS):
-                seen.asleep = _asleep(x, seen.asleep)
-            elif isinstance(layer, SQUASHERS):  # ReLU6 is a Hardtanh to torch
-                low, high = RANGES.get(type(layer), (-1.0, 1.0))
+            if isinstance(layer, RECTIFIERS) and x.dim() > 1:
+                self._note_sleep(seen, x)
+            elif isinstance(layer, SQUASHERS) and not isinstance(layer, nn.ReLU6):  # which is a Hardtanh to torch
+                low, high = _range(layer)
                 margin = END * (high - low)
                 seen.saturated.append(float(((x < low + margin) | (x > high - margin)).float().mean()))
+        seen.calls += 1
 
-    def _backward_of(self, layer: nn.Module) -> Any:
-        def note(parameter: torch.Tensor) -> None:
-            if parameter.grad is not None:
-                self._seen[layer].gradients.append(_rms(parameter.grad))
+    def _note_sleep(self, seen: _Seen, x: torch.Tensor) -> None:
+        """Units lie on axis 1 of maps, on the last one of rows and tokens."""
+        maps = x.dim() > 3 or (x.dim() == 3 and any(isinstance(m, nn.Conv1d) for m in self._seen))
+        awake = ((x != 0) & x.isfinite()).movedim(1 if maps else -1, 0).flatten(1).any(1)
+        key = (seen.calls, len(awake))
+        before = seen.asleep.get(key, torch.zeros_like(awake, dtype=torch.int64))
+        seen.asleep[key] = torch.where(awake, 0, before + len(x))
+        if not seen.calls:
+            seen.examples.append(len(x))
 
-        return note
+
+class _Unwatched:
+    """What is left of a watch in a module that was pickled: hooks that do nothing."""
+
+    def _begin(self, *_: object) -> None: ...
+
+    def _forward(self, *_: object) -> None: ...
 
 
 @contextmanager
@@ -227,23 +258,31 @@ def _rms(tensor: torch.Tensor) -> float:
     return float(tensor.detach().double().square().mean().sqrt())  # squares of faint gradients are 0 in float32
 
 
-def _asleep(x: torch.Tensor, before: torch.Tensor | None) -> torch.Tensor:
-    """For each unit (axis 1) the batches in a row in which no example woke it."""
-    awake = (x > 0).transpose(0, 1).flatten(1).any(1)
-    counted = torch.zeros_like(awake, dtype=torch.int32) if before is None else before
-    return torch.where(awake, 0, counted + 1)
+def _is_trained(weight: Any) -> bool:
+    lazy = isinstance(weight, nn.parameter.UninitializedParameter)
+    return isinstance(weight, nn.Parameter) and not lazy and weight.is_leaf and weight.requires_grad
+
+
+def _range(layer: nn.Module) -> tuple[float, float]:
+    if isinstance(layer, nn.Hardtanh):
+        return float(layer.min_val), float(layer.max_val)
+    return (0.0, 1.0) if isinstance(layer, nn.Sigmoid | nn.Hardsigmoid) else (-1.0, 1.0)
 
 
 def _figures(seen: _Seen, layer: nn.Module) -> LayerHealth:
     means, spreads = zip(*seen.moments, strict=True)
-    least = min(WINDOW, len(seen.moments))
-    weight = _rms(layer.weight) if isinstance(layer, WEIGHTED) else None
+    examples = sum(seen.examples)
+    long = max(ENOUGH, examples // 2)  # half of the window: units that died while it was watched count
+    dead = [float((units >= long).float().mean()) for units in seen.asleep.values()]
+    weight = None
+    if isinstance(layer, WEIGHTED):
+        weight = max(_rms(layer.weight), layer.weight[0].numel() ** -0.5)
     return LayerHealth(
         seen.path,
         seen.kind,
         _middle(means),
         _middle(spreads),
-        None if seen.asleep is None else float((seen.asleep >= least).float().mean()),
+        max(dead) if dead and examples >= ENOUGH else None,
         _middle(seen.saturated) if seen.saturated else None,
         _middle(seen.gradients) if seen.gradients else None,
         weight,
@@ -252,16 +291,16 @@ def _figures(seen: _Seen, layer: nn.Module) -> LayerHealth:
 
 
 def _middle(values: Sequence[float]) -> float:
-    """The median; not finite if any value is not."""
-    ordered = sorted(values)
-    odd = [v for v in ordered if not math.isfinite(v)]
-    return odd[0] if odd else ordered[len(ordered) // 2]
+    """The median; what is not finite counts as the largest."""
+    ordered = sorted(values, key=lambda v: v if math.isfinite(v) else math.inf)
+    return ordered[len(ordered) // 2]
 
 
-def _illnesses(layers: Sequence[LayerHealth]) -> Iterator[Illness]:
+def _illnesses(layers: Sequence[LayerHealth], *, normed: bool) -> Iterator[Illness]:
+    """normed: whether norms stand between layers, so that sizes of outputs do not tell how a signal grows."""
     trained = [layer for layer in layers if layer.gradient is not None]
-    yield from _exploding(layers, trained)
-    yield from _vanishing(trained)
+    yield from _exploding(layers, trained, normed)
+    yield from _vanishing(trained, normed)
     dead = [layer for layer in layers if (layer.dead or 0) >= MANY]
     if dead:
         worst = max(dead, key=lambda layer: layer.dead or 0)
@@ -271,7 +310,7 @@ def _illnesses(layers: Sequence[LayerHealth]) -> Iterator[Illness]:
             f"{worst.dead:.0%} of the units of {worst.path} were 0 for every example",
             ("a lower learning rate", "leaky ReLU or ELU", "He initialisation", "batch norm before the activation"),
         )
-    ends = [layer for layer in layers if (layer.saturated or 0) >= MANY]
+    ends = [layer for layer in layers[:-1] if (layer.saturated or 0) >= MANY]  # at the output the ends are the answers
     if ends:
         worst = max(ends, key=lambda layer: layer.saturated or 0)
         yield Illness(
@@ -282,49 +321,54 @@ def _illnesses(layers: Sequence[LayerHealth]) -> Iterator[Illness]:
         )
 
 
-def _exploding(layers: Sequence[LayerHealth], trained: Sequence[LayerHealth]) -> Iterator[Illness]:
+def _exploding(layers: Sequence[LayerHealth], trained: Sequence[LayerHealth], normed: bool) -> Iterator[Illness]:
     cures = ("gradient clipping by norm", "a lower learning rate", "the initialiser of the activation", "batch norm")
-    wild = [layer for layer in layers if not all(math.isfinite(v) for v in (layer.mean, layer.spread))]
-    wild += [layer for layer in trained if not math.isfinite(layer.gradient or 0) and layer not in wild]
+    wild = [x for x in layers if not all(map(math.isfinite, (x.mean, x.spread, x.gradient or 0.0)))]
     if wild:
         yield Illness("exploding gradients", tuple(x.path for x in wild), "values are not finite", cures)
         return
-    large = [x for x in trained if (x.gradient or 0) > TOO_LARGE * max(x.weight or 0, 1e-12)]
-    if large:
-        worst = max(large, key=lambda x: (x.gradient or 0) / max(x.weight or 0, 1e-12))
-        times = (worst.gradient or 0) / max(worst.weight or 0, 1e-12)
-        said = f"the gradient of {worst.path} is {times:.3g} times the size of its weights"
-        yield Illness("exploding gradients", tuple(x.path for x in large), said, cures)
+    far = [x for x in trained if (x.update or 0) > TOO_FAR]
+    if far:
+        worst = max(far, key=lambda x: x.update or 0)
+        said = f"a step changes the weights of {worst.path} by {worst.update:.3g} times their size"
+        yield Illness("exploding gradients", tuple(x.path for x in far), said, cures)
         return
-    spreads = [layer for layer in trained if layer.spread > 0]
-    if len(spreads) > 1 and spreads[-1].spread > GROWN * spreads[0].spread:
-        times = spreads[-1].spread / spreads[0].spread
-        said = f"outputs are {times:.3g} times larger in {spreads[-1].path} than in {spreads[0].path}"
-        yield Illness("exploding gradients", (spreads[-1].path,), said, cures)
+    first, last = _ends(trained)
+    if first > APART * last > 0:
+        said = f"gradients are {first / last:.3g} times larger in the first layers than in the last"
+        yield Illness("exploding gradients", (trained[0].path,), said, cures)
+    elif not normed and len(trained) > 1 and trained[-1].spread > GROWN * trained[0].spread > 0:
+        times = trained[-1].spread / trained[0].spread
+        said = f"outputs are {times:.3g} times larger in {trained[-1].path} than in {trained[0].path}"
+        yield Illness("exploding gradients", (trained[-1].path,), said, cures)
 
 
-def _vanishing(trained: Sequence[LayerHealth]) -> Iterator[Illness]:
-    """Of all layers but the last, those whose gradient, as a share of their weights, is far below the largest; or the
-    signal itself fades, and with it every gradient.
+def _vanishing(trained: Sequence[LayerHealth], normed: bool) -> Iterator[Illness]:
+    """Gradients that fade towards the input, as shares of the weights; or a signal that fades towards the output.
+
+    Thirds are compared, for single layers beside a skip connection may well stand still while the rest learns.
     """
-    cures = (
-        "ReLU or one of its relatives",
-        "its initialiser (He, or LeCun for SELU)",
-        "batch norm",
-        "skip connections",
-    )
-    shares = {layer.path: (layer.gradient or 0) / max(layer.weight or 0, 1e-12) for layer in trained}
-    if len(trained) < 3 or not all(map(math.isfinite, shares.values())):
+    cures = ("ReLU or a relative", "its initialiser (He, or LeCun for SELU)", "batch norm", "skip connections")
+    first, last = _ends(trained)
+    if len(trained) < 3 or not math.isfinite(first + last):
         return
-    top = max(shares[layer.path] for layer in trained[-2:])
-    faint = [layer for layer in trained[:-1] if shares[layer.path] * APART < top]
-    if faint:
-        least = min(faint, key=lambda layer: shares[layer.path])
-        said = f"the gradient of {least.path} is {least.gradient:.1g}, {APART:,.0f} times fainter than near the end"
-        yield Illness("vanishing gradients", tuple(layer.path for layer in faint), said, cures)
-        return
-    first, last = trained[0], trained[-2]
-    if last.spread * GROWN < first.spread:
-        times = first.spread / max(last.spread, 1e-38)
-        said = f"outputs are {times:.3g} times smaller in {last.path} than in {first.path}"
-        yield Illness("vanishing gradients", (last.path,), said, cures)
+    if first * APART < last:
+        faint = tuple(layer.path for layer in trained if _share(layer) * APART < last)
+        said = f"gradients are {last / max(first, 1e-300):.3g} times fainter in the first layers than in the last"
+        yield Illness("vanishing gradients", faint, said, cures)
+    elif not normed and trained[-2].spread * GROWN < trained[0].spread:
+        times = trained[0].spread / max(trained[-2].spread, 1e-38)
+        said = f"outputs are {times:.3g} times smaller in {trained[-2].path} than in {trained[0].path}"
+        yield Illness("vanishing gradients", (trained[-2].path,), said, cures)
+
+
+def _share(layer: LayerHealth) -> float:
+    """The gradient as a share of the weights."""
+    return (layer.gradient or 0.0) / (layer.weight or 1.0)
+
+
+def _ends(trained: Sequence[LayerHealth]) -> tuple[float, float]:
+    """Median shares of the first and of the last third of the layers."""
+    third = max(1, len(trained) // 3)
+    shares = [_share(layer) for layer in trained]
+    return (_middle(shares[:third]), _middle(shares[-third:])) if shares else (0.0, 0.0)

@@ -98,9 +98,13 @@ def check_selu(
     if not any(isinstance(layer, nn.SELU) for _, layer in layers):
         broken.append("activations must be SELU; there is none")
     first = next((layer for _, layer in layers if isinstance(layer, Standardise)), None)
+    if first and not first.mean.any() and bool((first.deviation == 1).all()):
+        broken.append("inputs must be standardised; the layer for it was never adapted to training data")
+    dense = [i for i, (_, layer) in enumerate(layers) if isinstance(layer, nn.Linear)]
+    after = {path for path, layer in layers[dense[-1] + 1 :] if _is_activation(layer)} if dense else set()
     if inputs is not None:
         broken += _unstandardised(inputs, first)
-    for path, layer in layers:
+    for path, layer in ((p, m) for p, m in layers if p not in after):  # the activation of the output is free
         where = path or "the network"
         if isinstance(layer, nn.Linear) and _is_hidden(path, layers) and not _is_lecun(layer):
             broken.append(f"weights must begin LeCun normal (variance 1 / fan_in); those of {where} do not")
@@ -109,8 +113,7 @@ def check_selu(
         elif isinstance(layer, DROPOUTS):
             broken.append(f"dropout must be alpha dropout; {where} is a {type(layer).__name__}")
         elif not isinstance(layer, PLAIN):
-            known = type(layer).__name__.lower() in SCHEME_OF or type(layer).__module__.endswith("activation")
-            what = "another activation" if known else "no plain stack of dense layers"
+            what = "another activation" if _is_activation(layer) else "no plain stack of dense layers"
             broken.append(f"the network must be a plain stack of dense layers and SELU; {where} is {what}")
     decay = max((group.get("weight_decay", 0.0) for group in optimizer.param_groups), default=0.0) if optimizer else 0.0
     broken += [
@@ -121,13 +124,17 @@ def check_selu(
     return tuple(broken)
 
 
+def _is_activation(layer: nn.Module) -> bool:
+    return type(layer).__name__.lower() in SCHEME_OF or type(layer).__module__.endswith("activation")
+
+
 def _unstandardised(inputs: torch.Tensor, first: Standardise | None) -> list[str]:
     x = inputs.detach().float()
     x = first(x) if first else x
     mean, deviation = x.mean(0), x.std(0, correction=0)
     varying = deviation > 0
     off = max(float(mean.abs().max()), float((deviation[varying] - 1).abs().max()) if varying.any() else 0.0)
-    if off <= APART:
+    if off <= max(APART, 4 / math.sqrt(len(x))):
         return []
     return [
         f"inputs must have mean 0 and deviation 1; a feature is {off:.2g} off: put standardise=True first and adapt it"
@@ -145,4 +152,5 @@ def _is_lecun(layer: nn.Linear) -> bool:
     expected: float = 1 / layer.in_features
     centred = float(weight.mean().abs()) <= 4 * math.sqrt(expected / weight.numel())
     apart = abs(float(weight.var(correction=0)) / expected - 1)
-    return centred and apart <= max(VARIANCE, spread)
+    uniform = weight.numel() > 1000 and float(weight.abs().max()) <= 1.001 * math.sqrt(3 * expected)
+    return centred and apart <= max(VARIANCE, spread) and not uniform

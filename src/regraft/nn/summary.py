@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -64,7 +64,7 @@ class Summary:
             (
                 layer.path,
                 layer.kind,
-                " ".join("x".join(map(str, shape)) or "1" for shape in layer.outputs) or "not called",
+                " ".join("x".join(map(str, s)) or "1" for s in layer.outputs) if layer.uses else "not called",
                 f"{layer.trainable:,}",
                 f"{layer.frozen + layer.buffers:,}",
                 ("train" if layer.training else "eval") + (f" {layer.uses} uses" if layer.uses > 1 else ""),
@@ -104,7 +104,7 @@ def summary(module: nn.Module, input_shape: Sequence[int]) -> Summary:
     modes = {layer: layer.training for layer in named}
     hooks = [layer.register_forward_pre_hook(begin) for layer in shown]
     hooks += [layer.register_forward_hook(note) for layer in shown]
-    example = torch.zeros(1, *input_shape)
+    example = torch.zeros(2, *input_shape)
     first = next(module.parameters(), None)
     try:
         with torch.no_grad():
@@ -137,6 +137,8 @@ def _own(layer: nn.Module) -> dict[str, torch.Tensor]:
 def _tensors(value: object) -> list[torch.Tensor]:
     if isinstance(value, torch.Tensor):
         return [value]
+    if isinstance(value, Mapping):
+        value = list(value.values())
     if isinstance(value, tuple | list):
         return [t for one in value for t in _tensors(one)]
     return []
