@@ -10,6 +10,7 @@ import pytest
 import regraft
 import tiny
 from conftest import regraft as command
+from regraft import recipe
 from regraft.errors import DataError, RunError
 from regraft.recipe import doctor
 from regraft.store import open_store
@@ -29,7 +30,8 @@ def test_a_run_is_examined_and_its_report_shows_it(real_run, tmp_path):
     assert "Health of the layers" in (copied / "report.html").read_text()
     assert "Health of the layers" not in (run / "report.html").read_text()
     assert command("predict", copied, data / "test", "--json", cache=tmp_path / "store").stdout == before
-    shown = command("doctor", copied, "--data", data, cache=tmp_path / "store")
+    others = tiny.write_pictures(tmp_path / "others", each=4, seed=3)
+    shown = command("doctor", copied, "--data", others, cache=tmp_path / "store")
     assert "conv_stem" in shown.stdout
 
 
@@ -39,7 +41,7 @@ def fitted(tmp_path, module, draw=tiny.stripes):
     return regraft.fit(data, module, example=tiny.EXAMPLE, out=tmp_path / "run", store=store)
 
 
-def test_units_that_no_picture_wakes_are_named(tmp_path):
+def test_a_run_on_a_module_given_in_python_is_examined_and_the_module_stays_as_it_is(tmp_path):
     module = tiny.TinyNet()
     run = fitted(tmp_path, module)
     assert run.model.frozen is not None
@@ -59,3 +61,16 @@ def test_what_cannot_be_examined_gets_one_sentence(tmp_path):
     shutil.rmtree(tmp_path / "pictures")
     with pytest.raises((DataError, RunError)):
         doctor(run.folder, tmp_path / "pictures")
+
+
+def test_the_report_goes_on_showing_the_pictures_of_the_run(tmp_path, monkeypatch):
+    module = tiny.TinyNet()
+    run = fitted(tmp_path, module)
+    shown = []
+    monkeypatch.setattr(recipe, "write_report", lambda path, record, pixels: shown.append(pixels))
+    others = tiny.write_pictures(tmp_path / "others", each=4, seed=3)
+    doctor(run.folder, others, backbone=module)
+    (pixels,) = shown
+    inside = next(p for p in (tmp_path / "pictures").rglob("*.png")).relative_to(tmp_path / "pictures")
+    assert pixels(str(inside)) is not None
+    assert pixels("no/such.png") is None

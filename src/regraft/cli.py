@@ -219,10 +219,9 @@ def inspect(spec: str, everything: bool, layers: bool, as_json: bool, **options:
     """
     from regraft.backbone import load_backbone
     from regraft.inspect import describe
-    from regraft.nn import summary
+    from regraft.nn import LayerFacts, Summary
 
-    backbone = load_backbone(spec, **options)
-    document = describe(backbone)
+    document = describe(load_backbone(spec, **options))
     if as_json:
         print_json(document)
         return
@@ -232,7 +231,7 @@ def inspect(spec: str, everything: bool, layers: bool, as_json: bool, **options:
     size = "x".join(map(str, document["preprocess"]["size"]))
     click.echo(f"input {size}, licence of the weights: {document['licence'] or 'not stated'}")
     if layers:
-        click.echo(summary(backbone.module, (backbone.preprocess.channels, *backbone.preprocess.size)))
+        click.echo(Summary(tuple(LayerFacts(**layer) for layer in document["layers"])))
     for cut in document["cuts"]:
         if everything or cut["shown"]:
             shape = "x".join(map(str, cut["shape"]))

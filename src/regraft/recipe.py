@@ -218,7 +218,8 @@ def doctor(
 ) -> Health:
     """The health of the layers that a finished run reuses, on its pictures or others; its report shows it from then on.
 
-    data: instead of the run's own. Raises RunError where the run reuses no layers or its pictures are gone.
+    data: instead of the run's own. Raises RunError where the run is unfinished or reuses no layers, DataError where
+    there are no pictures.
     """
     folder = Path(run)
     record = read_record(folder)
@@ -227,14 +228,23 @@ def doctor(
     model, network = load_with_network(folder, backbone=backbone, device="cpu")
     if network is None:
         raise RunError(f"The model in {folder} must reuse layers to be examined; it sees the raw input alone.")
-    given = record["options"]["data"] if data is None else data
-    dataset = load_data(given, group=record["options"]["group"], to_learn=False)
+    options = record["options"]
+    dataset = load_data(options["data"] if data is None else data, to_learn=False)
     say("examining the layers", 0, 1)
-    health = examine(model, network, dataset, seed=record["options"]["seed"])
+    health = examine(model, network, dataset, seed=options["seed"])
     record["health"] = health.to_json()
-    write_report(folder / REPORT_FILE, record, _pictures_of(record, dataset, subset(dataset, "test")))
+    shown = _still_there(options["data"])  # the report shows pictures of the run, whatever was examined
+    write_report(folder / REPORT_FILE, record, _pictures_of(record, shown or dataset, _still_there(options["test"])))
     write_record(folder, record)
     return health
+
+
+def _still_there(source: str | None) -> Dataset | None:
+    """The pictures that a run was given, None where there were none or they are gone."""
+    try:
+        return load_data(source, to_learn=False) if source else None
+    except DataError:
+        return None
 
 
 def faithful_numerics(backbone: Backbone, device: str) -> tuple[Numerics, float]:
