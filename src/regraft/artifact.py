@@ -1,6 +1,7 @@
 """The saved model: everything that turns a picture file into probabilities, without pickle and without the training.
 
-    model.safetensors   the frozen layers' tensors, under the names of the original network, and head.weight, head.bias
+    model.safetensors   the frozen layers' tensors, under the names of the original network, head.weight, head.bias, and
+                        what was trained above a cut, under `tuned.`
     model.json          labels, preprocess spec, backbone, cut, head, numerics, licence, digests, versions; written last
 
 Every byte of both is covered by a digest. Knows nothing of how the head was found.
@@ -33,11 +34,13 @@ from regraft.cut import lower_at
 from regraft.data import Example, Raw, open_picture, pixel_digest, read
 from regraft.errors import ArtifactError, PictureError
 from regraft.files import digest_json, write_atomic
-from regraft.frozen import FrozenLower, freeze_lower, run_frozen
+from regraft.frozen import FrozenLower, as_grid, as_map, freeze_lower, values_at_cuts
+from regraft.graph import find_cut
 from regraft.heads import INPUT, Head, View
 from regraft.numerics import Numerics, pick_numerics
 from regraft.operations import operations_from_json
 from regraft.preprocess import PreprocessSpec, fit_to_size, input_spec, spec_from_json
+from regraft.tuned import PICTURE, Plot, Tuned, grow, plot_from_json, run_tuned
 
 FORMAT = 1
 WEIGHTS_FILE = "model.safetensors"
@@ -77,9 +80,10 @@ class Answer:
 
 @dataclass(frozen=True)
 class _Prepared:
-    """A picture ready for the network, uint8 (C, H, W), and its digests."""
+    """A picture ready for the network and at 32 x 32, uint8 (C, H, W), where the model sees it so; its digests."""
 
-    pixels: torch.Tensor
+    large: torch.Tensor
+    small: torch.Tensor | None
     id: str
     digest: str
 
@@ -88,7 +92,9 @@ class _Prepared:
 class TransferModel:
     """Reused layers, head, labels and preparation.
 
-    frozen: None when the head sees the raw input alone; cut: the deepest cut, `input` then.
+    frozen: None where nothing frozen is read. tuned: a part of the network that was trained on, whose logits are added
+    to the head's. preprocess: of the network, or of the picture at 32 x 32 where no network is read.
+    small: how the picture at 32 x 32 is prepared, where it is read beside a network.
     """
 
     head: Head
@@ -97,10 +103,14 @@ class TransferModel:
     source: Source | None
     preprocess: PreprocessSpec
     numerics: Numerics
+    tuned: Tuned | None = None
+    small: PreprocessSpec | None = None
 
     @property
     def cut(self) -> str:
-        """The deepest cut that the head reads."""
+        """The cut below which everything is frozen: the deepest that the head reads, `input` where nothing is."""
+        if self.tuned is not None:
+            return self.tuned.plot.cut if self.tuned.plot.takes == "map" else INPUT
         return self.head.cuts[-1]
 
     def predict(self, inputs: Iterable[Any]) -> list[Prediction]:
@@ -139,31 +149,56 @@ class TransferModel:
         try:
             raw = _opened(item, i)
             picture = raw.decode()
-            return _Prepared(
-                fit_to_size(picture.pixels, self.preprocess), raw.id, pixel_digest(picture) if marked else ""
-            )
+            large = fit_to_size(picture.pixels, self.preprocess)
+            small = fit_to_size(picture.pixels, self.small) if self.small else None
+            return _Prepared(large, small, raw.id, pixel_digest(picture) if marked else "")
         except PictureError as e:
             return e
 
-    def run(self, prepared: torch.Tensor) -> np.ndarray:
+    def run(self, prepared: torch.Tensor, small: torch.Tensor | None = None) -> np.ndarray:
         """Probabilities float32 (n, classes) of prepared pictures, uint8 (n, C, H, W), n at most the fixed batch."""
-        if self.frozen is None:
-            rows = {INPUT: prepared.reshape(len(prepared), -1).numpy().astype(np.float32)}
-        else:
-            values = run_frozen(self.frozen, prepared)
-            rows = {
-                cut.name: value.reshape(len(prepared), -1) for cut, value in zip(self.frozen.cuts, values, strict=True)
-            }
-        return torch.softmax(self.head.logits(rows), 1).numpy()
+        reduced = prepared if small is None else small
+        rows = {INPUT: reduced.reshape(len(reduced), -1).numpy().astype(np.float32)}
+        maps = torch.empty(0)
+        if self.frozen is not None:
+            values = values_at_cuts(self.frozen, prepared)
+            for cut, value, parts in zip(self.frozen.cuts, values, self.frozen.parts, strict=True):
+                if cut.name in self.head.cuts:
+                    rows[cut.name] = as_grid(value, cut, parts).reshape(len(prepared), -1)
+                if self.tuned is not None and cut.name == self.tuned.plot.cut:
+                    maps = torch.from_numpy(as_map(value, cut)).float()
+        logits = self.head.logits(rows)
+        if self.tuned is not None:
+            seen = {"map": maps, "picture": prepared, "input": reduced}[self.tuned.plot.takes]
+            logits = logits + run_tuned(self.tuned.module, seen.to(self.numerics.device))
+        return torch.softmax(logits, 1).numpy()
 
 
-def assemble(backbone: Backbone, head: Head, labels: Sequence[str], numerics: Numerics) -> TransferModel:
-    """A model from the frozen part of a backbone and a head fitted on its features."""
-    if head.cuts == (INPUT,):
-        spec = input_spec(1 if head.views[0].grey else 3)
-        return TransferModel(head, tuple(labels), None, None, spec, numerics)
-    frozen = freeze_lower(backbone.trace, head.cuts, backbone.preprocess, numerics)
-    return TransferModel(head, tuple(labels), frozen, backbone.source, backbone.preprocess, numerics)
+def assemble(
+    backbone: Backbone, head: Head, labels: Sequence[str], numerics: Numerics, tuned: Tuned | None = None
+) -> TransferModel:
+    """A model from the frozen part of a backbone, a head fitted on its features, and a part that was trained on."""
+    cuts = _frozen_cuts(backbone, head, tuned)
+    reduced = _small_spec(head, tuned)
+    if not cuts and (tuned is None or tuned.plot.takes == "input"):
+        assert reduced is not None
+        return TransferModel(head, tuple(labels), None, None, reduced, numerics, tuned)
+    frozen = freeze_lower(backbone.trace, cuts, backbone.preprocess, numerics) if cuts else None
+    return TransferModel(head, tuple(labels), frozen, backbone.source, backbone.preprocess, numerics, tuned, reduced)
+
+
+def _frozen_cuts(backbone: Backbone, head: Head, tuned: Tuned | None) -> list[str]:
+    """The cuts below which everything stays frozen, shallowest first."""
+    names = {name for name in head.cuts if name != INPUT}
+    if tuned is not None and tuned.plot.takes == "map":
+        names.add(tuned.plot.cut)
+    return sorted(names, key=lambda name: find_cut(backbone.trace, name).depth)
+
+
+def _small_spec(head: Head, tuned: Tuned | None) -> PreprocessSpec | None:
+    if INPUT in head.cuts:
+        return input_spec(1 if head.views[0].grey else 3)
+    return input_spec(tuned.plot.channels) if tuned is not None and tuned.plot.takes == "input" else None
 
 
 def save_model(model: TransferModel, backbone: Backbone, folder: Path, facts: dict[str, Any]) -> None:
@@ -172,11 +207,13 @@ def save_model(model: TransferModel, backbone: Backbone, folder: Path, facts: di
     An older model.json goes first, so that a save that is killed midway leaves no model rather than a mixed one.
     """
     tensors = {"head.weight": model.head.weight, "head.bias": model.head.bias}
-    if model.frozen is not None:
+    if model.source is not None:
         # A network that is described beside its weights is built from them alone, so they are kept whole.
         described = backbone.operations or backbone.config
-        lower = backbone.module if described else lower_at(backbone.trace, list(model.head.cuts))
+        lower = backbone.module if described else _lower(backbone, _names(model.frozen))
         tensors |= {f"lower.{name}": tensor for name, tensor in lower.state_dict().items()}
+    if model.tuned is not None:
+        tensors |= {f"tuned.{name}": tensor for name, tensor in model.tuned.module.state_dict().items()}
     data = safetensors.torch.save({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()})
     (folder / MANIFEST_FILE).unlink(missing_ok=True)
     write_atomic(folder / WEIGHTS_FILE, [data])
@@ -186,7 +223,9 @@ def save_model(model: TransferModel, backbone: Backbone, folder: Path, facts: di
         "labels": list(model.labels),
         "cut": model.cut,
         "head": {"cuts": list(model.head.cuts), "views": [view.to_json() for view in model.head.views]},
+        "tuned": model.tuned.to_json() if model.tuned else None,
         "preprocess": model.preprocess.to_json(),
+        "small": model.small.to_json() if model.small else None,
         "backbone": model.source.to_json() if model.source else None,
         "operations": backbone.operations.to_json() if model.source and backbone.operations else None,
         "config": backbone.config if model.source else None,
@@ -223,9 +262,14 @@ def load_with_network(
         head = Head(views, tensors.pop("head.weight"), tensors.pop("head.bias"))
         spec = spec_from_json(manifest["preprocess"])
         labels = tuple(manifest["labels"])
-        _refuse_disagreement(place, head, labels)
+        plot = plot_from_json(manifest["tuned"], len(labels)) if manifest.get("tuned") else None
+        share = manifest["tuned"]["share"] if plot else 0.0
+        small = spec_from_json(manifest["small"]) if manifest.get("small") else None
+        trained = {name.removeprefix("tuned."): tensors.pop(name) for name in list(tensors) if _is_tuned(name)}
+        _refuse_disagreement(place, head, labels, alone=plot is None)
         if manifest["backbone"] is None:
-            return TransferModel(head, labels, None, None, spec, numerics), None
+            tuned = _filled(plot, None, trained, share, numerics, place) if plot else None
+            return TransferModel(head, labels, None, None, spec, numerics, tuned), None
         source = Source(**manifest["backbone"])
         told = manifest.get("operations")
         operations = operations_from_json(told) if told else None
@@ -237,15 +281,53 @@ def load_with_network(
         network = rebuild(source, spec, operations=operations, config=config, tensors=tensors)
     else:
         network = _rebuilt(source, spec, backbone)
-        _load_lower(network, head, tensors, place)
-    frozen = freeze_lower(network.trace, head.cuts, spec, numerics)
-    return TransferModel(head, labels, frozen, source, spec, numerics), network
+        cuts = [name for name in {*head.cuts, plot.cut if plot else INPUT} if name not in (INPUT, PICTURE)]
+        _load_lower(network, cuts, tensors, place)
+    filled = _filled(plot, network, trained, share, numerics, place) if plot else None
+    names = _frozen_cuts(network, head, filled)
+    frozen = freeze_lower(network.trace, names, spec, numerics) if names else None
+    return TransferModel(head, labels, frozen, source, spec, numerics, filled, small), network
 
 
-def _refuse_disagreement(place: Path, head: Head, labels: Sequence[str]) -> None:
-    """Raise ArtifactError unless what the head sees, its weights and the labels go together."""
+def _is_tuned(name: str) -> bool:
+    return name.startswith("tuned.")
+
+
+def _filled(
+    plot: Plot,
+    network: Backbone | None,
+    tensors: dict[str, torch.Tensor],
+    share: float,
+    numerics: Numerics,
+    place: Path,
+) -> Tuned:
+    """The trained part with its saved tensors; all of them must be there, and no other."""
+    module = grow(plot, network)
+    try:
+        module.load_state_dict(tensors)
+    except RuntimeError as e:
+        raise ArtifactError(
+            f"{place / WEIGHTS_FILE} must hold the layers that were trained above {plot.cut}; it does not: fit it anew."
+        ) from e
+    return Tuned(plot, module.requires_grad_(False).to(numerics.device), share)
+
+
+def _names(frozen: FrozenLower | None) -> list[str]:
+    return [cut.name for cut in frozen.cuts] if frozen else []
+
+
+def _lower(backbone: Backbone, cuts: Sequence[str]) -> nn.Module:
+    """Everything below the deepest of these cuts, nothing where there are none."""
+    return lower_at(backbone.trace, list(cuts)) if cuts else nn.Module()
+
+
+def _refuse_disagreement(place: Path, head: Head, labels: Sequence[str], *, alone: bool) -> None:
+    """Raise ArtifactError unless what the head sees, its weights and the labels go together.
+
+    alone: no trained part answers beside the head, so that the head must see something.
+    """
     seen, shape = sum(view.dim for view in head.views), tuple(head.weight.shape)
-    if not head.views or shape != (len(labels), seen) or head.bias.shape != (len(labels),):
+    if (alone and not head.views) or shape != (len(labels), seen) or head.bias.shape != (len(labels),):
         raise ArtifactError(
             f"The head in {place} must have a row for each of its {len(labels)} labels and a column for each of the "
             f"{seen} numbers that it sees; it is {shape}: fit it anew."
@@ -300,17 +382,17 @@ def _rebuilt(source: Source, spec: PreprocessSpec, module: nn.Module | None) -> 
     return rebuild(source, spec)
 
 
-def _load_lower(backbone: Backbone, head: Head, tensors: dict[str, torch.Tensor], place: Path) -> None:
+def _load_lower(backbone: Backbone, cuts: Sequence[str], tensors: dict[str, torch.Tensor], place: Path) -> None:
     """Fill the layers below the deepest cut; every tensor there must be in the file, and no other."""
-    lower = lower_at(backbone.trace, list(head.cuts))
+    lower = _lower(backbone, cuts)
     ours = {name: tuple(tensor.shape) for name, tensor in lower.state_dict().items()}
     theirs = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     differing = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
     if differing:
         listed = ", ".join(f"{n} {theirs.get(n, 'absent')} instead of {ours.get(n, 'absent')}" for n in differing[:3])
         raise ArtifactError(
-            f"{place / WEIGHTS_FILE} must hold the layers of {backbone.source.architecture} up to {head.cuts[-1]}; "
-            f"{len(differing)} tensors differ ({listed}): give the network that it was fitted on."
+            f"{place / WEIGHTS_FILE} must hold the layers of {backbone.source.architecture} up to "
+            f"{' and '.join(cuts)}; {len(differing)} tensors differ ({listed}): give the network that it was fitted on."
         )
     lower.load_state_dict(tensors)
 
@@ -321,7 +403,9 @@ def _batched(model: TransferModel, prepared: Iterable[_Prepared | PictureError])
 
     def results() -> Iterator[Answer | PictureError]:
         good = [p for p in waiting if isinstance(p, _Prepared)]
-        rows = iter(model.run(torch.stack([p.pixels for p in good])) if good else ())
+        small = [p.small for p in good if p.small is not None]
+        large = [p.large for p in good]
+        rows = iter(model.run(torch.stack(large), torch.stack(small) if small else None) if good else ())
         for p in waiting:
             yield Answer(next(rows), p.id, p.digest) if isinstance(p, _Prepared) else p
         waiting.clear()

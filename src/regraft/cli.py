@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from regraft.__version__ import __version__
-from regraft.options import DEVICES, SPEC_HELP, WEIGHT_OPTIONS, learning, on_bad_option, shared, weights
+from regraft.options import DEVICES, SPEC_HELP, WEIGHT_OPTIONS, learning, on_bad_option, shared, tuning, weights
 from regraft.printable import printable
 from regraft.terminal import lines_of_stdin, print_json, progress, to_stderr
 
@@ -36,6 +36,7 @@ def main() -> None:
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Directory of the run.")
 @click.option("--backbone", default="default", show_default=True, metavar="SPEC", help=SPEC_HELP)
 @click.option("--test", metavar="DATA", help="Pictures that only the finished model sees.")
+@tuning
 @weights
 @learning
 @shared(CONTINUES)
@@ -66,6 +67,7 @@ def fit(data: str, out: Path, verbose: bool, as_json: bool, **options: Any) -> N
         print_json(record)
         return
     _print_curve(record["curve"])
+    _print_ladder(record)
     if record["test"]:
         click.echo(_judged(record["test"]))
     click.echo(f"report: {run.folder / 'report.html'}")
@@ -399,8 +401,26 @@ def _print_curve(document: dict[str, Any]) -> None:
     if document["ends"]:
         click.echo(document["ends"])
     click.echo(f"reuse up to {document['recommended']}: {document['reason']}")
-    low, high = document["interval"]
-    click.echo(f"expected accuracy on new pictures: {document['score']:.3f} (95 % interval {low:.3f} to {high:.3f})")
+    _print_expected(document["score"], *document["interval"])
+
+
+def _print_expected(score: float, low: float, high: float) -> None:
+    click.echo(f"expected accuracy on new pictures: {score:.3f} (95 % interval {low:.3f} to {high:.3f})")
+
+
+def _print_ladder(record: dict[str, Any]) -> None:
+    ladder = record["ladder"]
+    for attempt in ladder["attempts"]:
+        came = attempt["reason"]
+        if attempt["gain"]:
+            score, low, high = (f"{100 * v:+.1f}" for v in attempt["gain"])
+            came = f"{score} points over the probe ({low} to {high}){', ' + came if came else ''}"
+        mark = " <" if attempt["name"] == ladder["winner"] else ""
+        click.echo(f"    {attempt['name']:<16} {came}{mark}")
+    if ladder["reason"]:
+        click.echo(ladder["reason"])
+    if ladder["winner"]:
+        _print_expected(**record["chosen"]["score"])
 
 
 def _judged(document: dict[str, Any]) -> str:

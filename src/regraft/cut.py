@@ -38,6 +38,18 @@ def split(trace: Trace, name: str) -> tuple[nn.Module, nn.Module]:
     return runnable(lower, trace.module, trace.constants), runnable(upper, trace.module, trace.constants)
 
 
+def between(trace: Trace, name: str, end: str) -> nn.Module:
+    """The part of the network from the cut called `name` up to the deeper cut called `end`, as `split` gives its parts.
+
+    It takes the tensor at the first and returns the tensor at the second. Raises CutError as `find_cut` does, and
+    unless `end` lies above `name`.
+    """
+    cut, last = find_cut(trace, name), find_cut(trace, end)
+    if last.depth <= cut.depth:
+        raise CutError(f"A part must end above where it begins; {end} does not lie above {name}.")
+    return runnable(_upper_graph(trace, cut, last), trace.module, trace.constants)
+
+
 def lower_at(trace: Trace, names: Sequence[str]) -> nn.Module:
     """One module that computes the tensors at several cuts in one pass and returns them as a tuple, in that order.
 
@@ -71,19 +83,22 @@ def _lower_graph(trace: Trace, cuts: Sequence[Cut], *, single: bool) -> fx.Graph
     return graph
 
 
-def _upper_graph(trace: Trace, cut: Cut) -> fx.Graph:
-    """Everything above the cut, with what is not carried across made anew."""
+def _upper_graph(trace: Trace, cut: Cut, last: Cut | None = None) -> fx.Graph:
+    """Everything above the cut, up to the last where one is given; what is not carried across is made anew."""
     nodes = list(trace.graph.nodes)
     sights = trace.sights
     at = next(n for n in nodes if n.name == cut.node)
     known = recipes(nodes, sights, at)
     assert known is not None, "a place without recipes is no cut"
     writer = _Writer(at, known, copied=bool(sights[cut.node].overwritten))
-    for node in nodes[sights[cut.node].place + 1 :]:
+    end = len(nodes) if last is None else sights[last.node].place + 1
+    for node in nodes[sights[cut.node].place + 1 : end]:
         once = sights[node.name].depends is Depends.CONTENT or sights[node.name].effect or node.op == "output"
         check = not node.users and not once and reachable(node, sights, at, known)
         if once or check:
             writer.copy(node)
+    if last is not None:
+        writer.finish(next(n for n in nodes if n.name == last.node))
     if writer.fixed:
         with writer.graph.inserting_after(writer.h):
             writer.graph.call_function(require_size, (writer.h, cut.shape, cut.name))
@@ -115,6 +130,10 @@ class _Writer:
             self.value(value)
         self.values[node] = self.graph.node_copy(node, lambda n: self.values[n])  # type: ignore[arg-type, return-value]
         return self.values[node]
+
+    def finish(self, node: fx.Node) -> None:
+        """Return the value of this old node."""
+        self.graph.output(self.value(node))  # type: ignore[arg-type]
 
     def value(self, node: fx.Node) -> object:
         """The value of an old node, made anew where it lies below the cut."""

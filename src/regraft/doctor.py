@@ -20,7 +20,6 @@ from regraft.data import Dataset, read
 from regraft.errors import DataError, PictureError
 from regraft.frozen import parts_of, pooled
 from regraft.graph import find_cut
-from regraft.heads import View
 from regraft.nn import Health, watch
 from regraft.preprocess import fit_to_size, normalise
 
@@ -39,7 +38,7 @@ def examine(model: TransferModel, backbone: Backbone, dataset: Dataset, *, seed:
         for pixels, labels in _batches(model, dataset, seed):
             values = lower(normalise(pixels, model.preprocess))
             seen = [
-                _seen(view, pooled(value, cut, parts_of(cut)))
+                view.seen(pooled(value, cut, parts_of(cut)))
                 for view, value, cut in zip(model.head.views, values, cuts, strict=True)
             ]
             logits = torch.cat(seen, 1) @ model.head.weight.T + model.head.bias
@@ -48,12 +47,6 @@ def examine(model: TransferModel, backbone: Backbone, dataset: Dataset, *, seed:
             F.cross_entropy(centred / centred.detach().square().mean().sqrt().clamp(min=1e-12), labels).backward()  # type: ignore[no-untyped-call]
             lower.zero_grad(set_to_none=True)
         return watched.health()
-
-
-def _seen(view: View, rows: torch.Tensor) -> torch.Tensor:
-    """Rows (n, parts, channels) as the head sees them (see `View.of`), with gradients."""
-    seen = rows.flatten(1) if view.whole else rows.mean(1)
-    return seen.abs().clamp(min=1e-4).sqrt().copysign(seen) if view.root else seen
 
 
 def _batches(model: TransferModel, dataset: Dataset, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

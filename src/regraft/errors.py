@@ -7,6 +7,7 @@
     |-- TraceError      a network cannot be followed from input to output
     |-- CutError        a cut does not exist, or lies where the network does not fall in two
     |-- StoreError      the feature store cannot be read or written
+    |-- TrainingError   a training cannot go on
     |-- ArtifactError   a saved model is incomplete, damaged or from somewhere else
     `-- RunError        a run directory belongs to another run
 
@@ -47,6 +48,10 @@ class CutError(RegraftError):
 
 class StoreError(RegraftError):
     """The feature store cannot be read or written."""
+
+
+class TrainingError(RegraftError):
+    """A training cannot go on: its loss is not a number, or no setting is left."""
 
 
 class ArtifactError(RegraftError):

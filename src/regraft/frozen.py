@@ -83,6 +83,12 @@ def run_frozen(frozen: FrozenLower, pictures: torch.Tensor) -> list[np.ndarray]:
     is padded with zeros to one size, and layout and threads do not change the order of its sums.
     Raises BackboneError when a network gives NaN or infinity, naming the cut and the row.
     """
+    values = values_at_cuts(frozen, pictures)
+    return [as_grid(v, cut, parts) for v, cut, parts in zip(values, frozen.cuts, frozen.parts, strict=True)]
+
+
+def values_at_cuts(frozen: FrozenLower, pictures: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors at the cuts themselves, in the precision of the network; as `run_frozen` otherwise."""
     n = len(pictures)
     full = pictures.new_zeros((frozen.numerics.batch, *pictures.shape[1:]))
     full[:n] = pictures
@@ -92,10 +98,17 @@ def run_frozen(frozen: FrozenLower, pictures: torch.Tensor) -> list[np.ndarray]:
     half = frozen.numerics.precision == "bfloat16" and not frozen.numerics.emulated
     with torch.inference_mode(), torch.autocast(frozen.numerics.device, torch.bfloat16, enabled=half):
         values = frozen.module(x)
-    return [
-        _checked(pooled(v, cut, parts)[:n], cut)
-        for v, cut, parts in zip(values, frozen.cuts, frozen.parts, strict=True)
-    ]
+    return [value[:n] for value in values]
+
+
+def as_grid(value: torch.Tensor, cut: Cut, parts: int) -> np.ndarray:
+    """The value at a cut as stored features, float16 (n, parts, channels); raises NotFinite."""
+    return _checked(pooled(value, cut, parts), cut)
+
+
+def as_map(value: torch.Tensor, cut: Cut) -> np.ndarray:
+    """The value at a cut as a stored map, float16 (n, *cut.shape) in plain order; raises NotFinite."""
+    return _checked(value.float().contiguous(), cut)
 
 
 def pooled(value: torch.Tensor, cut: Cut, parts: int) -> torch.Tensor:

@@ -36,6 +36,11 @@ class View:
     root: bool = False
     hidden: int = 0
 
+    def seen(self, cells: torch.Tensor) -> torch.Tensor:
+        """Stored cells (n, parts, channels), float32, as a head of a cut sees them (see `of`), with gradients."""
+        rows = cells.flatten(1) if self.whole else cells.mean(1)
+        return rows.abs().clamp(min=1e-4).sqrt().copysign(rows) if self.root else rows
+
     @property
     def dim(self) -> int:
         """Length of the vector that the head sees."""
@@ -79,6 +84,8 @@ class Head:
 
     def logits(self, rows: dict[str, np.ndarray]) -> torch.Tensor:
         """Logits float32 (n, classes) of stored rows by cut. Each row is computed alone."""
+        if not self.views:
+            return self.bias.repeat(len(next(iter(rows.values()))), 1)
         seen = torch.from_numpy(np.concatenate([v.of(rows[v.cut]).astype(np.float32) for v in self.views], 1))
         # One product a row: a matrix product's order of sums, and so its last bits, can depend on how many rows it has.
         return torch.stack([torch.mv(self.weight, x) for x in seen]) + self.bias

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import click
 
@@ -58,6 +59,40 @@ def learning(command: Callable[..., None]) -> Callable[..., None]:
     ):
         command = option(command)
     return command
+
+
+BUDGET_HELP = "Wall time of the whole run (90s, 5m, 2h), or how many candidates are tried beyond probes (20trials)."
+AUGMENT_HELP = (
+    "What training pictures are varied by: crop, flip, light; mix and noise of features; none. Default: crop, mix, and "
+    "flip where mirrored pictures are answered as well."
+)
+CLIP_HELP = "Gradient clipping: norm:LIMIT or value:LIMIT."
+
+
+def tuning(command: Callable[..., None]) -> Callable[..., None]:
+    """The options of fine-tuning."""
+    for option in (
+        click.option("--clip", "clipping", metavar="BY:LIMIT", default="norm:1", callback=_clipping, help=CLIP_HELP),
+        click.option("--balanced", is_flag=True, help="In fine-tuning give every class the same say."),
+        click.option("--augment", metavar="NAMES", callback=_names, help=AUGMENT_HELP),
+        click.option("--budget", default="10m", show_default=True, metavar="TIME|TRIALS", help=BUDGET_HELP),
+    ):
+        command = option(command)
+    return command
+
+
+def _names(context: click.Context, parameter: click.Parameter, value: str | None) -> list[str] | None:
+    return None if value is None else [name for name in value.split(",") if name not in ("", "none")]
+
+
+def _clipping(context: click.Context, parameter: click.Parameter, value: str) -> Any:
+    from regraft.nn import Clipping  # brings torch, which help must not wait for
+
+    by, _, limit = value.partition(":")
+    try:
+        return Clipping(by, float(limit))  # type: ignore[arg-type]
+    except ValueError as e:
+        raise click.BadParameter(f"{value!r} is not norm:LIMIT or value:LIMIT with a limit above 0") from e
 
 
 WEIGHT_OPTIONS = ("arch", "match", "rename", "layout", "adapt", "min_coverage")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Unpack
@@ -17,24 +18,38 @@ from torch import nn
 from regraft.__version__ import __version__
 from regraft.architecture import is_user_function
 from regraft.artifact import TransferModel, assemble, load_model, load_with_network, save_model
+from regraft.augment import Augment, augment_from
 from regraft.backbone import CUSTOM, Backbone, WeightOptions, load_backbone
+from regraft.budget import Budget, budget_from
+from regraft.candidates import LITTLE
 from regraft.data import Dataset, LeftOut, identity, load_data, printable, read, subset
 from regraft.doctor import examine
 from regraft.errors import DataError, RegraftError, RunError
 from regraft.features import FeatureTable, extract
+from regraft.files import digest_json
+from regraft.finetune import Ground, fit_all, plot_of
+from regraft.flips import flips_are_harmless
 from regraft.frozen import agreement
+from regraft.heads import Head
+from regraft.ladder import Climb, climb, maps_of
 from regraft.leaks import find_leaks
 from regraft.learned import consistent, marks_of, refuse_unsound, task_of
-from regraft.nn import Health
+from regraft.nn import Clipping, Health
 from regraft.numerics import Numerics, pick_numerics
 from regraft.predict import Evaluation, evaluate_model, worst
 from regraft.probe import Bench, Task, Trial, all_grey, fit_head
 from regraft.record import read_record, refuse_inside, refuse_other_options, write_record
 from regraft.report import REPORT_FILE, write_report
-from regraft.scores import calibration_error, confusion
+from regraft.scores import bootstrap_interval, calibration_error, confusion
 from regraft.search import Choice, choose, curve_interval, run_trials
 from regraft.store import FeatureStore, open_store
+from regraft.training import Checkpoints
+from regraft.tuned import Tuned, scaled
 
+AFTER = 4.0
+"""Seconds to save the model and write the report."""
+CHECKPOINTS = "checkpoints"
+CLIPPING = Clipping("norm", 1.0)
 AGREEMENT_NEEDED = 0.98
 """Below this cosine with float32 at some cut, bfloat16 is given up for that network."""
 
@@ -137,18 +152,26 @@ def fit(
     device: str = "auto",
     strict: bool = False,
     allow_empty_class: bool = False,
+    budget: str = "10m",
+    augment: Sequence[str] | None = None,
+    balanced: bool = False,
+    clipping: Clipping = CLIPPING,
     store: FeatureStore | None = None,
     say: Say = silent,
     **weights: Unpack[WeightOptions],
 ) -> Run:
-    """The whole job: curve, choice, final head, saved model, its evaluation, report; all in the directory `out`.
+    """The whole job: curve, search, final model, its evaluation, report; all in the directory `out`.
 
-    weights: see `load_backbone`.
+    budget: wall time of all of it (`90s`, `5m`, `2h`), or how many candidates are tried beyond the probes (`20trials`;
+    `0trials` stops at the curve). augment: names of `regraft.augment`; None: crops, mixes of features, and mirrored
+    pictures where the data shows that they keep their labels. balanced: every class has the same say in fine-tuning.
+    clipping: of gradients. weights: see `load_backbone`.
     test: pictures that only the finished model sees, instead of the data's own test split. A finished run is returned
     as it is, with 0 `forward_passes`; an interrupted one goes on. RunError if `out` holds a run with other options or
     other data.
     """
-    started = time.perf_counter()
+    started, begun = time.perf_counter(), time.monotonic()
+    budget_from(budget)
     dataset = load_data(data, group=group, allow_empty_class=allow_empty_class)
     tested = _test_data(dataset, test, group)
     folder = Path(out)
@@ -161,6 +184,10 @@ def fit(
         "seed": seed,
         "strict": strict,
         "allow_empty_class": allow_empty_class,
+        "budget": budget,
+        "augment": None if augment is None else list(augment),
+        "balanced": balanced,
+        "clipping": [clipping.by, clipping.limit],
         **{name: value for name, value in weights.items() if value not in (None, {}, False, 1.0)},
     }
     record = _resume(folder, options, dataset, tested)
@@ -168,7 +195,8 @@ def fit(
         saved = load_model(folder, backbone=_given(backbone), device=device)
         now = {"forward_passes": 0, "seconds": {"total": time.perf_counter() - started}}
         return Run(folder, saved, record | now)
-    write_record(folder, {"status": "running", "options": options})
+    spent = budget_from(budget, spent=_spent(folder), started=begun)
+    write_record(folder, {"status": "running", "options": options, "spent": spent.elapsed()})
 
     say("loading the backbone", 0, 1)
     network = load_backbone(backbone, example=example, seed=seed, **weights)
@@ -178,20 +206,38 @@ def fit(
     found = _curve(dataset, tested, network, numerics, measured, place, seed, strict, allow_empty_class, say, seconds)
 
     at = time.perf_counter()
+    trials = {trial.name: trial for trial in found.trials}
+    ground = Ground(network, numerics, found.bench, found.task, trials, seed, balanced, clipping)
     head = fit_head(found.bench, found.task, found.choice.trial)
-    model = assemble(network, head, dataset.labels, numerics)
-    facts = {"score": asdict(found.choice.score), "agreement": measured, "examples": len(found.task.labels)}
-    save_model(model, network, folder, facts)
+    probed = assemble(network, head, dataset.labels, numerics)
     seconds["head"] = time.perf_counter() - at
+    at = time.perf_counter()
+
+    def keep() -> None:
+        write_record(folder, {"status": "running", "options": options, "spent": spent.elapsed()})
+
+    reserve = _seconds_after(probed, len(tested.examples) if tested else 0)
+    drawn, asked = _augmentation(ground, augment, spent)
+    climbed = climb(
+        ground, found.choice.trial, found.choice.score, spent, drawn, reserve=reserve, say=say, checkpoint=keep
+    )
+    seconds["search"] = time.perf_counter() - at
+    at = time.perf_counter()
+    model = _grown(ground, climbed, probed, folder / CHECKPOINTS, say) if climbed.winner else probed
+    facts = {"score": asdict(climbed.score), "agreement": measured, "examples": len(found.task.labels)}
+    save_model(model, network, folder, facts)
+    seconds["final"] = time.perf_counter() - at
     at = time.perf_counter()
     # What is reported is what is saved: the file is read back and judged as `predict` runs it.
     saved = load_model(folder, backbone=_given(network), device=device)
     evaluation = evaluate_model(saved, tested, lambda d, t: say("testing the saved model", d, t)) if tested else None
     seconds["test"] = time.perf_counter() - at
-    seconds["total"] = time.perf_counter() - started
-    record = _record(options, dataset, tested, found, evaluation, seconds)
+    seconds["total"] = spent.elapsed()
+    record = _record(options, dataset, tested, found, climbed, evaluation, seconds)
+    record["forward_passes"] += asked
     write_report(folder / REPORT_FILE, record, _pictures_of(record, dataset, tested))
     write_record(folder, record)
+    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     return Run(folder, saved, record)
 
 
@@ -307,6 +353,60 @@ def _curve(
     return Curve(backbone, trials, choice, task, table, bench, numerics, measured, problems, seconds)
 
 
+def _spent(folder: Path) -> float:
+    """Seconds that interrupted executions of the run took."""
+    record = read_record(folder)
+    return float(record.get("spent", 0.0)) if record else 0.0
+
+
+def _seconds_after(model: TransferModel, tested: int) -> float:
+    """Seconds to save, test and report, from one timed batch of the probe's model."""
+    spec, small = model.preprocess, model.small
+    batch = torch.zeros(model.numerics.batch, spec.channels, *spec.size, dtype=torch.uint8)
+    reduced = torch.zeros(len(batch), small.channels, *small.size, dtype=torch.uint8) if small else None
+    started = time.perf_counter()
+    model.run(batch, reduced)
+    return AFTER + 2 * tested * (time.perf_counter() - started) / len(batch)
+
+
+def _augmentation(ground: Ground, names: Sequence[str] | None, budget: Budget) -> tuple[Augment, int]:
+    """What may be done to pictures, and the pictures pushed through the network to find out."""
+    if names is not None:
+        return augment_from(names), 0
+    if budget.trials == 0 or budget.left() <= 0 or len(ground.task.labels) < LITTLE:
+        return Augment(), 0
+    harmless, asked = flips_are_harmless(ground)
+    return Augment(crop=True, flip=harmless, mix=True), asked
+
+
+def _grown(ground: Ground, climbed: Climb, probed: TransferModel, checkpoints: Path, say: Say) -> TransferModel:
+    """The model of the winner, trained on all pictures; its logits and the probe's are summed as they were judged."""
+    winner = climbed.winner
+    assert winner is not None
+    maps = climbed.maps or maps_of(ground, winner.candidate, say)
+    say(f"training {winner.candidate.name} on all pictures", 0, 1)
+    facts = {"candidate": winner.candidate.to_json(), "epochs": winner.epochs, "slower": winner.slower}
+    facts |= {"examples": digest_json([ground.bench.table.ids[i] for i in ground.bench.chosen]), "seed": ground.seed}
+    facts |= {"weights": ground.backbone.source.weights, "numerics": ground.numerics.to_json()}
+    facts |= {"labels": digest_json(ground.task.labels.tolist())}
+    module = fit_all(
+        ground,
+        winner.candidate,
+        maps,
+        winner.epochs,
+        slower=winner.slower,
+        halt=lambda: False,
+        checkpoints=lambda state: Checkpoints(checkpoints, state, facts),
+    )
+    scaled(module, winner.whole * winner.share * winner.own)
+    rest = winner.whole * (1 - winner.share)
+    tuned = Tuned(plot_of(ground, winner.candidate), module, winner.share)
+    head = Head(probed.head.views, probed.head.weight * rest, probed.head.bias * rest)
+    if winner.share == 1:
+        head = Head((), torch.zeros(len(probed.labels), 0), torch.zeros(len(probed.labels)))
+    return assemble(ground.backbone, head, probed.labels, ground.numerics, tuned)
+
+
 def _test_data(dataset: Dataset, test: Data | None, group: str | None) -> Dataset | None:
     if test is None:
         own = subset(dataset, "test")
@@ -391,16 +491,14 @@ def _record(
     dataset: Dataset,
     tested: Dataset | None,
     found: Curve,
+    climbed: Climb,
     evaluation: Evaluation | None,
     seconds: dict[str, float],
 ) -> dict[str, Any]:
     marks = evaluation.marks if evaluation else ()
     leaks = find_leaks(marks_of(found.table, found.bench.chosen), marks)
     known = {e.where: id for e, id in zip(found.table.examples, found.table.ids, strict=True)}
-    trial, task = found.choice.trial, found.task
-    probabilities = torch.softmax(trial.scores.mean(0) * trial.sharpness, 1).numpy()
-    predicted = probabilities.argmax(1)
-    where = [found.table.examples[i].where for i in found.bench.chosen]
+    task = found.task
     return {
         "status": "finished",
         "regraft": __version__,
@@ -420,20 +518,50 @@ def _record(
         },
         "numerics": {**found.numerics.to_json(), "agreement": found.agreement},
         "curve": found.to_json(),
-        "chosen": {
-            "name": trial.name,
-            "cuts": [view.cut for view in trial.views],
-            "strength": trial.strength,
-            "score": asdict(found.choice.score),
-            "own_score": asdict(curve_interval(trial, task)),
-            "calibration_error": calibration_error(probabilities, task.labels),
-            "confusion": confusion(predicted, task.labels, task.classes).tolist(),
-            "worst": worst(where, probabilities, task.labels, dataset.labels),
-        },
+        "ladder": _ladder(found, climbed),
+        "chosen": _chosen(found, climbed, dataset.labels),
         "test": evaluation.to_json() if evaluation else None,
-        "forward_passes": found.table.forward_passes,
+        "forward_passes": found.table.forward_passes + climbed.forward_passes,
         "seconds": seconds,
         "machine": {"python": platform.python_version(), "torch": torch.__version__, "cores": os.cpu_count()},
+    }
+
+
+def _ladder(found: Curve, climbed: Climb) -> dict[str, Any]:
+    """What was tried beyond the probe, in order of complexity, and what came of it."""
+    probe = found.choice.trial
+    return {
+        "probe": {
+            "name": probe.name,
+            "score": float(probe.fold_hits[0].mean()),
+            "log_loss": float(probe.losses[0].mean()),
+        },
+        "attempts": [attempt.to_json() for attempt in climbed.attempts],
+        "winner": climbed.winner.candidate.name if climbed.winner else None,
+        "reason": climbed.reason,
+    }
+
+
+def _chosen(found: Curve, climbed: Climb, labels: Sequence[str]) -> dict[str, Any]:
+    """The answer of the whole search: what it is, its score, and what it got wrong out of fold."""
+    trial, task, winner = found.choice.trial, found.task, climbed.winner
+    seen = np.ones(len(task.labels), bool)
+    logits, own = trial.scores.mean(0) * trial.sharpness, curve_interval(trial, task)
+    if winner is not None:
+        seen, logits = winner.seen, torch.from_numpy(winner.logits)
+        own = bootstrap_interval(winner.hits[seen], task.groups[seen])
+    probabilities = torch.softmax(logits, 1).numpy()[seen]
+    truth = task.labels[seen]
+    where = [found.table.examples[i].where for i in found.bench.chosen[seen]]
+    return {
+        "name": winner.candidate.name if winner else trial.name,
+        "cuts": [view.cut for view in trial.views],
+        "strength": trial.strength,
+        "score": asdict(climbed.score),
+        "own_score": asdict(own),
+        "calibration_error": calibration_error(probabilities, truth),
+        "confusion": confusion(probabilities.argmax(1), truth, task.classes).tolist(),
+        "worst": worst(where, probabilities, truth, labels),
     }
 
 

@@ -10,8 +10,10 @@ rebuild   sizes that cross a cut, read off the tensor at the cut
 layout    which axis holds the channels, and how many tokens stand in front
 shown     the 10 to 25 cuts that a curve is drawn over
 cuts      the sweep that finds the cuts
+arithmetic how much is computed above each cut
 """
 
+from regraft.graph.arithmetic import shares_above
 from regraft.graph.cuts import Cut, Trace, find_cut, trace
 
-__all__ = ["Cut", "Trace", "find_cut", "trace"]
+__all__ = ["Cut", "Trace", "find_cut", "shares_above", "trace"]

@@ -1,0 +1,81 @@
+"""What a candidate will cost, from a few timed steps: seconds for its maps and for training on one fold.
+
+Where maps are stored and where `lower` is run again, and which precision a step has, are rules over shapes (see `maps`
+and `finetune`), so that the same run always does the same arithmetic; only what is tried in a time hangs on the clock.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from regraft.candidates import Candidate
+from regraft.finetune import BATCH, Ground, begin, plot_of, trains_in_bfloat16
+from regraft.frozen import freeze_lower, values_at_cuts
+from regraft.graph import find_cut
+from regraft.heads import INPUT
+from regraft.preprocess import input_spec
+from regraft.training import batches_of
+from regraft.tuned import PICTURE
+
+DECODING = 0.004
+"""Seconds to decode and prepare one view of a picture."""
+JUDGING = 1.3
+"""Steps, and the answers to the held-out pictures after every epoch, against steps alone."""
+FOLDS_AT_ONCE = 5
+
+
+def fold_seconds(ground: Ground, candidate: Candidate) -> float:
+    """Seconds to train on all folds but one, with as many threads as a fold gets."""
+    module = begin(ground, replace(candidate, hidden=(*candidate.hidden, 1)), np.arange(2))  # not the probe's head
+    plot, n = plot_of(ground, candidate), len(ground.task.labels)
+    dtype = torch.float32 if plot.takes == "map" else torch.uint8
+    x = torch.zeros(min(BATCH, n), *_shape(ground, candidate), dtype=dtype, device=ground.numerics.device)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads // workers(ground)))
+    try:
+        step = min(_step(ground, candidate, module, x) for _ in range(2))
+    finally:
+        torch.set_num_threads(threads)
+    folds = int(ground.task.folds.max()) + 1
+    return JUDGING * step * candidate.epochs * batches_of(round(n * (1 - 1 / folds)), BATCH)
+
+
+def map_seconds(ground: Ground, candidate: Candidate) -> float:
+    """Seconds to prepare all views of all pictures, through the frozen part where there is one."""
+    each = DECODING / torch.get_num_threads()
+    if plot_of(ground, candidate).takes == "map":
+        frozen = freeze_lower(ground.backbone.trace, [candidate.cut], ground.backbone.preprocess, ground.numerics)
+        shape = _shape(ground, replace(candidate, cut=PICTURE))
+        pictures = torch.zeros(ground.numerics.batch, *shape, dtype=torch.uint8)
+        values_at_cuts(frozen, pictures)
+        started = time.perf_counter()
+        values_at_cuts(frozen, pictures)
+        each += (time.perf_counter() - started) / len(pictures)
+    return len(ground.task.labels) * candidate.views * each
+
+
+def workers(ground: Ground) -> int:
+    """How many folds are trained at once."""
+    return 1 if ground.numerics.device != "cpu" else min(torch.get_num_threads(), FOLDS_AT_ONCE)
+
+
+def _step(ground: Ground, candidate: Candidate, module: torch.nn.Module, x: torch.Tensor) -> float:
+    started = time.perf_counter()
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=trains_in_bfloat16(ground, candidate)):
+        out = module(x)
+    out.float().square().mean().backward()
+    return time.perf_counter() - started
+
+
+def _shape(ground: Ground, candidate: Candidate) -> tuple[int, ...]:
+    if candidate.cut == INPUT:
+        spec = input_spec(plot_of(ground, candidate).channels)
+    elif candidate.cut == PICTURE:
+        spec = ground.backbone.preprocess
+    else:
+        return find_cut(ground.backbone.trace, candidate.cut).shape
+    return (spec.channels, *spec.size)

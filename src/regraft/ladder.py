@@ -1,0 +1,307 @@
+"""The ladder above the probe: candidates tried within a budget, on the same folds, each kept only if it wins.
+
+Successive halving over folds (Jamieson and Talwalkar 2016): every candidate is judged on the first folds; those behind
+the probe are stopped there, the better half goes on to the others. In the order of their complexity a candidate takes
+the place of the answer so far only if it is better beyond the noise on the folds that both have seen; so at worst the
+answer is the probe. With a budget in time a candidate is tried only if it, what is left to do for the best one so far,
+and the final fit are expected to end in time.
+
+Knows candidates, folds and time. What was tried is kept in the store, and not tried again.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import numpy as np
+
+from regraft.ahead import side_by_side
+from regraft.attempts import Attempt, Status, judged, recalled, remember
+from regraft.augment import Augment
+from regraft.budget import Budget
+from regraft.candidates import Candidate, Place, worth_trying
+from regraft.costs import fold_seconds, map_seconds, workers
+from regraft.errors import TrainingError
+from regraft.finetune import Ground, plot_of, train_fold
+from regraft.graph import find_cut, shares_above
+from regraft.heads import INPUT
+from regraft.maps import Maps, extract_maps, picture_views, views_that_fit
+from regraft.preprocess import input_spec
+from regraft.probe import Trial
+from regraft.scores import Interval, bootstrap_interval, paired_difference, widened
+from regraft.training import Diverged, Halted
+
+FIRST_FOLDS = 2
+SLOWER = 0.1
+SPARE = 1.1
+"""Estimates of time are taken so much higher."""
+FINAL = 1.3
+"""The final fit takes so many times as long as one fold: it has more pictures, and all cores for itself."""
+FIRST = ("top layers", "scratch", "more layers", "layers dropped")
+"""Cheap candidates that often win come first; the others in order of complexity."""
+Say = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Climb:
+    """All attempts in order of complexity, the one that won or None for the probe, and what the whole would score.
+
+    forward_passes: pictures pushed through the frozen part for maps. maps: of the winner, for its final fit.
+    """
+
+    attempts: tuple[Attempt, ...]
+    winner: Attempt | None
+    score: Interval
+    reason: str
+    forward_passes: int
+    maps: Maps | None = field(default=None, repr=False)
+
+
+@dataclass
+class _Rung:
+    """A candidate on its way. outcomes: logits by fold so far; fold: seconds that training one takes."""
+
+    candidate: Candidate
+    outcomes: dict[int, np.ndarray] = field(default_factory=dict)
+    maps: Maps | None = None
+    slower: float = 1.0
+    seconds: float = 0.0
+    fold: float = 0.0
+    ended: tuple[Status, str] | None = None
+
+
+@dataclass
+class _Way:
+    """How a climb stands: what it may spend, what it has used, and the maps that candidates share."""
+
+    ground: Ground
+    probe: Trial
+    budget: Budget
+    reserve: float
+    say: Say
+    maps: dict[object, Maps] = field(default_factory=dict)
+    forward_passes: int = 0
+    steps: int = 0
+    of: int = 0
+
+
+def climb(
+    ground: Ground,
+    probe: Trial,
+    stated: Interval,
+    budget: Budget,
+    augment: Augment,
+    *,
+    reserve: float = 0.0,
+    say: Say = lambda what, done, total: None,
+    checkpoint: Callable[[], None] = lambda: None,
+) -> Climb:
+    """Try what is worth trying while the budget lasts.
+
+    probe: the choice of the curve, with the score `stated` for it; reserve: seconds to leave for what comes after,
+    beside the winner's final fit; checkpoint: called when something was tried.
+    Raises TrainingError where every candidate that was tried failed.
+    """
+    rungs = [_Rung(candidate) for candidate in candidates_for(ground, augment)]
+    folds = list(range(int(ground.task.folds.max()) + 1))
+    way = _Way(ground, probe, budget, reserve, say, of=2 * len(rungs))
+    order = sorted(rungs, key=lambda r: FIRST.index(r.candidate.name) if r.candidate.name in FIRST else len(FIRST))
+    for number, rung in enumerate(order):
+        if budget.trials is not None and number >= budget.trials:
+            rung.ended = ("skipped", f"the budget of {budget.trials} trials was spent")
+            continue
+        _advance(way, rung, folds[:FIRST_FOLDS], rungs, len(folds) - FIRST_FOLDS)
+        checkpoint()
+        if rung.ended is None and _ahead(way, rung) <= 0:
+            rung.ended = ("stopped", "behind the probe on the first folds")
+    going = sorted((r for r in rungs if r.ended is None), key=lambda r: -_ahead(way, r))
+    kept = (len(going) + 1) // 2
+    for rung in going[kept:]:
+        rung.ended = ("stopped", "in the lesser half on the first folds")
+    for rung in going[:kept]:
+        _advance(way, rung, folds[FIRST_FOLDS:], (), 0)
+        checkpoint()
+    found = tuple(_attempt(way, rung) for rung in rungs)
+    if any(a.status == "failed" for a in found) and all(a.status in ("failed", "skipped") for a in found):
+        first = next(a for a in found if a.status == "failed")
+        raise TrainingError(f"Some candidate must train; all failed, the first so: {first.reason}")
+    winner, score, reason = decide(ground, probe, stated, found)
+    maps = next((r.maps for r in rungs if winner and r.candidate == winner.candidate), None)
+    again = sum(sum(maps.again) for maps in way.maps.values())
+    return Climb(found, winner, score, reason, way.forward_passes + again, maps)
+
+
+def candidates_for(ground: Ground, augment: Augment) -> tuple[Candidate, ...]:
+    """What is worth trying on this ground (see `worth_trying`)."""
+    shown = ground.backbone.shown
+    shares = shares_above(ground.backbone.trace, shown)
+    places = [Place(cut.name, cut.depth, share) for cut, share in zip(shown, shares, strict=True)]
+    singles = [t for t in ground.trials.values() if len(t.views) == 1 and t.name != INPUT]
+    best = min(singles, key=lambda t: t.log_loss).name
+    return worth_trying(len(ground.task.labels), places, best, augment)
+
+
+def decide(
+    ground: Ground, probe: Trial, stated: Interval, attempts: Sequence[Attempt]
+) -> tuple[Attempt | None, Interval, str]:
+    """The winner, the score of this whole procedure on new pictures, and why.
+
+    The score is nested: the pictures of every fold are answered by the winner on the other folds.
+    """
+    folds, groups = ground.task.folds[0], ground.task.groups
+    judged = [a for a in attempts if a.seen.any() and a.status in ("finished", "unfinished")]
+    winner = _wins(probe, judged, groups, np.ones(len(folds), bool))
+    if winner is None:
+        tried = sum(bool(a.seen.any()) for a in attempts)
+        return None, stated, f"none of {tried} candidates was better than the probe beyond the noise" if tried else ""
+    hits = np.zeros(len(folds))
+    for fold in np.unique(folds[winner.seen]):
+        inside = folds == fold
+        answer = _wins(probe, judged, groups, ~inside)
+        usable = answer is not None and bool(answer.seen[inside].all())
+        hits[inside] = answer.hits[inside] if usable and answer else probe.fold_hits[0, inside]
+    count = len(np.unique(folds))
+    score = widened(bootstrap_interval(hits[winner.seen], groups[winner.seen]), 1 / count)
+    gain = winner.gain
+    assert gain is not None
+    reason = (
+        f"{winner.candidate.name}: {winner.candidate.does}; {100 * gain.score:+.1f} points "
+        f"({100 * gain.low:+.1f} to {100 * gain.high:+.1f}) over the probe"
+    )
+    return winner, score, reason
+
+
+def _wins(probe: Trial, attempts: Sequence[Attempt], groups: np.ndarray, where: np.ndarray) -> Attempt | None:
+    """The answer after all candidates had their turn, seen only at `where`; None for the probe."""
+    best: Attempt | None = None
+    hits, losses, known = probe.fold_hits[0].astype(np.float64), probe.losses[0].astype(np.float64), where
+    for attempt in attempts:
+        both = attempt.seen & known & where
+        if len(np.unique(groups[both])) < 2:
+            continue
+        gain = paired_difference(attempt.hits[both], hits[both], groups[both])
+        sharper = paired_difference(losses[both], attempt.losses[both], groups[both])
+        if gain.low > 0 or (sharper.low > 0 and gain.score >= 0):
+            best, hits, losses, known = attempt, attempt.hits, attempt.losses, attempt.seen
+    return best
+
+
+def maps_of(ground: Ground, candidate: Candidate, say: Say) -> Maps:
+    """The views that a candidate is trained on, as many as fit into memory. Raises TrainingError where none do."""
+    table, chosen = ground.bench.table, ground.bench.chosen
+    examples, ids = [table.examples[i] for i in chosen], [table.ids[i] for i in chosen]
+    plot, spec, views = plot_of(ground, candidate), ground.backbone.preprocess, candidate.views
+    if plot.takes == "input":
+        spec = input_spec(plot.channels)
+    if plot.takes != "map":
+        fit = views_that_fit(len(ids), (spec.channels, *spec.size), 1, views)
+    else:
+        fit = views_that_fit(len(ids), find_cut(ground.backbone.trace, candidate.cut).shape, 2, views)
+    if fit == 0:
+        raise TrainingError(f"What {candidate.name} trains on must fit into memory; {len(ids)} pictures do not.")
+    if plot.takes != "map":
+        return picture_views(examples, ids, spec, fit, candidate.augment)
+    tell = partial(say, f"computing maps at {candidate.cut}")
+    return extract_maps(
+        examples, ids, ground.backbone, candidate.cut, table.store, ground.numerics, fit, candidate.augment, tell
+    )
+
+
+def _attempt(way: _Way, rung: _Rung) -> Attempt:
+    ended = rung.ended or ("finished", "")
+    return judged(way.ground, way.probe, rung.candidate, rung.outcomes, ended, rung.slower, rung.seconds)
+
+
+def _ahead(way: _Way, rung: _Rung) -> float:
+    """By how many nats a candidate's log-loss is lower than the probe's on the folds that it has seen."""
+    sharper = _attempt(way, rung).sharper
+    return sharper.score if sharper else float("-inf")
+
+
+def _advance(way: _Way, rung: _Rung, folds: Sequence[int], others: Sequence[_Rung], later: int) -> None:
+    """Judge a candidate on these folds, or say why not.
+
+    others: among which the best so far still needs `later` folds.
+    """
+    started = time.monotonic()
+    way.steps += 1
+    way.say(f"trying {rung.candidate.name}", way.steps, way.of)
+    known = recalled(way.ground, rung.candidate, folds)
+    rung.outcomes |= {fold: rows for fold, (rows, _) in known.items()}
+    rung.slower = min([slower for _, slower in known.values()], default=rung.slower)
+    missing = [fold for fold in folds if fold not in rung.outcomes]
+    if not missing or _too_long(way, rung, missing, others, later):
+        return
+    try:
+        _train(way, rung, missing)
+    except Diverged as e:
+        rung.ended = ("failed", f"{e} It was tried again at a tenth of the rate.")
+    except Halted:
+        rung.ended = ("unfinished", "the time ran out while it trained")
+    rung.seconds += time.monotonic() - started
+
+
+def _too_long(way: _Way, rung: _Rung, folds: Sequence[int], others: Sequence[_Rung], later: int) -> bool:
+    """Whether a candidate would not end in time; it is told so."""
+    left = way.budget.left() - way.reserve
+    if left == float("inf"):
+        return False
+    side = workers(way.ground)
+    if not rung.fold:
+        rung.fold = fold_seconds(way.ground, rung.candidate)
+    maps = 0.0 if rung.maps or _shared(way, rung) in way.maps else map_seconds(way.ground, rung.candidate)
+    best = max((r for r in others if r.outcomes and r.ended is None), key=lambda r: _ahead(way, r), default=None)
+    rest = -(-later // side) * best.fold if best else 0.0
+    final = FINAL * max(rung.fold, best.fold if best else 0.0)
+    needed = SPARE * (maps + -(-len(folds) // side) * rung.fold + rest + final)
+    if needed <= left:
+        return False
+    words = "its other folds and the final fit" if rung.outcomes else "it and what must follow"
+    rung.ended = ("unfinished" if rung.outcomes else "skipped", f"{words} would take about {needed:.0f} s of the {max(0.0, left):.0f} s left")
+    return True
+
+
+def _train(way: _Way, rung: _Rung, folds: Sequence[int]) -> None:
+    """Train a candidate on these folds, side by side; an error or an interrupt stops all of them soon."""
+    ground, candidate = way.ground, rung.candidate
+    if rung.maps is None:
+        shared = _shared(way, rung)
+        if shared not in way.maps:
+            way.maps[shared] = maps_of(ground, candidate, way.say)
+            way.forward_passes += way.maps[shared].forward_passes
+        rung.maps = way.maps[shared]
+    maps = rung.maps
+    halted = threading.Event()
+    end = time.monotonic() + way.budget.left() - way.reserve
+
+    def one(fold: int) -> tuple[np.ndarray, float]:
+        halt = lambda: halted.is_set() or time.monotonic() > end  # noqa: E731
+        try:
+            return train_fold(ground, candidate, maps, fold, halt=halt), 1.0
+        except Diverged:
+            return train_fold(ground, candidate, maps, fold, slower=SLOWER, halt=halt), SLOWER
+
+    started = time.monotonic()
+    with side_by_side(workers(ground)) as pool:
+        futures = {fold: pool.submit(one, fold) for fold in folds}
+        try:
+            for fold, future in futures.items():
+                rung.outcomes[fold], slower = future.result()
+                rung.slower = min(rung.slower, slower)
+                remember(ground, candidate, fold, rung.outcomes[fold], slower)
+        except BaseException:
+            halted.set()
+            for future in futures.values():
+                future.cancel()
+            raise
+    rung.fold = (time.monotonic() - started) / -(-len(folds) // workers(ground))
+
+
+def _shared(way: _Way, rung: _Rung) -> object:
+    """What candidates have in common that train on the same maps."""
+    candidate = rung.candidate
+    return candidate.cut, candidate.views, tuple(candidate.augment.to_json().items())

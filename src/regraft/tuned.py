@@ -1,0 +1,196 @@
+"""The part of a network that was trained on, above a cut, with its own head: from a tensor at the cut to logits.
+
+Below the cut the network stays frozen (see `frozen`). The part holds copies of the layers, so the frozen network is
+what it was. It always runs in evaluation but for batch norms that may move on; dropout and drop path stay silent.
+Knows networks and tensors; nothing of data or of how it is trained.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from regraft.backbone import Backbone
+from regraft.cut import between, split
+from regraft.frozen import pooled
+from regraft.graph import Cut, find_cut
+from regraft.heads import INPUT, View
+from regraft.networks.small import FEATURES, small_network
+from regraft.nn import initialize_
+from regraft.preprocess import PreprocessSpec, input_spec, normalise
+
+PICTURE = "picture"
+"""Where nothing is frozen: the part takes the prepared picture itself."""
+SMALL = "small network"
+"""What stands for the deepest cut where the small network from scratch takes the place of the backbone's layers."""
+BATCH = 16
+"""Every batch is padded to this many, so that a picture's answer does not depend on its neighbours (see `numerics`)."""
+
+Takes = Literal["map", "picture", "input"]
+
+
+@dataclass(frozen=True)
+class Plot:
+    """Which part of a network is trained on.
+
+    cut: all up to it is frozen; PICTURE: nothing is; INPUT: the small network on the picture at 32 x 32.
+    end: the deepest layer kept; what lies above is dropped. fresh: what lies above this cut began anew.
+    hidden: widths of new hidden layers under the new output layer. channels: of the picture at 32 x 32.
+    view: what the head sees of the value at `end`.
+    """
+
+    cut: str
+    end: str
+    view: View
+    classes: int
+    fresh: str = ""
+    hidden: tuple[int, ...] = ()
+    channels: int = 3
+
+    @property
+    def takes(self) -> Takes:
+        """What the part is given: a stored map, a prepared picture, or the picture at 32 x 32."""
+        return "picture" if self.cut == PICTURE else "input" if self.cut == INPUT else "map"
+
+
+class Grown(nn.Module):
+    """body: from the cut to the value at the end; top: new layers and the output layer."""
+
+    def __init__(
+        self, body: nn.Module, top: nn.Module, view: View, cut: Cut | None, spec: PreprocessSpec | None
+    ) -> None:
+        super().__init__()
+        self.body = body
+        self.top = top
+        self.view = view
+        self.cut = cut
+        self.spec = spec
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits float32 (n, classes) of maps float32 (n, *shape), or of pictures uint8 (n, C, H, W)."""
+        if self.spec is not None:
+            x = normalise(x, self.spec)
+        if x.dim() == 4:
+            x = x.contiguous(memory_format=torch.channels_last)
+        value = self.body(x).float()
+        with torch.autocast(x.device.type, enabled=False):
+            cells = value.unsqueeze(1) if self.cut is None else pooled(value, self.cut, self.view.parts)
+            logits: torch.Tensor = self.top(self.view.seen(cells))
+        return logits
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A trained part. share: of its logits in the answer; the head on frozen features has the rest."""
+
+    plot: Plot
+    module: Grown
+    share: float
+
+    def to_json(self) -> dict[str, Any]:
+        """All but the tensors, for `plot_from_json`."""
+        plot = self.plot
+        return {
+            "cut": plot.cut,
+            "end": plot.end,
+            "fresh": plot.fresh,
+            "hidden": list(plot.hidden),
+            "channels": plot.channels,
+            "view": plot.view.to_json(),
+            "share": self.share,
+        }
+
+
+def plot_from_json(value: dict[str, Any], classes: int) -> Plot:
+    """The inverse of `Tuned.to_json` but for the share; KeyError or TypeError where something is missing."""
+    known = {name: value[name] for name in ("cut", "end", "fresh", "channels")}
+    return Plot(view=View(**value["view"]), classes=classes, hidden=tuple(value["hidden"]), **known)
+
+
+def grow(plot: Plot, backbone: Backbone | None, *, seed: int = 0) -> Grown:
+    """The part as it begins: the backbone's own layers, what is new drawn from `seed`.
+
+    backbone: None only for the small network. Raises CutError where there is no such cut.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        small: PreprocessSpec | None = input_spec(plot.channels)
+        if plot.takes == "input":
+            body, cut, spec = small_network(plot.channels), None, small
+        else:
+            assert backbone is not None
+            trace, cut = backbone.trace, find_cut(backbone.trace, plot.end)
+            whole = split(trace, plot.end)[0] if plot.takes == "picture" else between(trace, plot.cut, plot.end)
+            spec = backbone.preprocess if plot.takes == "picture" else None
+            body = copy.deepcopy(whole)
+            if plot.fresh:
+                _begin_anew(body, copy.deepcopy(between(trace, plot.fresh, plot.end)))
+        top = _top(plot)
+    grown = Grown(body, top, plot.view, cut, spec).eval()
+    return grown.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+
+
+def run_tuned(module: Grown, x: torch.Tensor) -> torch.Tensor:
+    """Logits float32 (n, classes) in float32 arithmetic; a row does not depend on the others."""
+    out = []
+    with torch.inference_mode():
+        for i in range(0, len(x), BATCH):
+            rows = x[i : i + BATCH]
+            full = rows.new_zeros((BATCH, *rows.shape[1:]))
+            full[: len(rows)] = rows
+            out.append(module(full)[: len(rows)].float().cpu())
+    return torch.cat(out)
+
+
+def scaled(module: Grown, factor: float) -> None:
+    """Multiply the part's logits by a factor, in its output layer."""
+    output = module.top[-1]  # type: ignore[index]
+    with torch.no_grad():
+        output.weight.mul_(factor)
+        output.bias.mul_(factor)
+
+
+def stage_names(plot: Plot, backbone: Backbone | None, module: Grown, ends: Sequence[str]) -> list[list[str]]:
+    """Names of the body's parameters between neighbouring `ends` (cuts in order of depth above plot.cut), lowest first.
+
+    The last holds what lies above the last of them.
+    """
+    left = [name for name, _ in module.body.named_parameters()]
+    stages = []
+    for end in ends:
+        assert backbone is not None
+        below = {name for name, _ in split(backbone.trace, end)[0].named_parameters()}
+        stages.append([name for name in left if name in below])
+        left = [name for name in left if name not in below]
+    return [*stages, left]
+
+
+def batch_norms(module: nn.Module) -> Iterator[nn.Module]:
+    """The batch norms in a module."""
+    yield from (m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
+
+
+def _top(plot: Plot) -> nn.Module:
+    before = FEATURES if plot.takes == "input" else plot.view.dim
+    layers: list[nn.Module] = []
+    for width in plot.hidden:
+        layers += [nn.Linear(before, width), nn.ReLU()]
+        before = width
+    top = nn.Sequential(*layers, nn.Linear(before, plot.classes))
+    initialize_(top)
+    return top
+
+
+def _begin_anew(body: nn.Module, fresh: nn.Module) -> None:
+    """Give the layers of `body` that `fresh` names weights as before any training."""
+    initialize_(fresh)
+    for norm in batch_norms(fresh):
+        norm.reset_running_stats()  # type: ignore[operator]
+        norm.reset_parameters()  # type: ignore[operator]
+    own = body.state_dict()
+    body.load_state_dict({**own, **{name: t for name, t in fresh.state_dict().items() if name in own}})
