@@ -1,6 +1,6 @@
 """Test accuracy of `regraft fit` on real data sets, against two reference heads.
 
-    python bench/accuracy.py DATA_FOLDER [--sets photos,elpv] [--seeds 3] [--note TEXT]
+    python bench/accuracy.py DATA_FOLDER [--sets photos,elpv] [--seeds 3] [--budget 0trials] [--note TEXT]
 
 DATA_FOLDER/SET/train/CLASS and DATA_FOLDER/SET/test/CLASS hold the pictures. Everything is chosen by cross-validation
 on train/; nothing is chosen on test/. Each run appends a dated row per set to bench/RESULTS.md.
@@ -38,19 +38,20 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--sets", default=",".join(REFERENCES))
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--budget", default="0trials", help="0trials: frozen layers only")
     parser.add_argument("--note", default="")
     options = parser.parse_args()
-    rows = [measure(options.data, name, options.seeds) for name in options.sets.split(",")]
+    rows = [measure(options.data, name, options.seeds, options.budget) for name in options.sets.split(",")]
     write(rows, options.note)
 
 
-def measure(data: Path, name: str, seeds: int) -> dict[str, object]:
+def measure(data: Path, name: str, seeds: int, budget: str) -> dict[str, object]:
     """Fit with each seed; the accuracy of the saved models on test/."""
     found, stated, seconds, chosen, error, pictures = [], [], [], [], [], 0
     for seed in range(seeds):
         with tempfile.TemporaryDirectory() as folder:
             started = time.perf_counter()
-            run = regraft.fit(data / name, out=folder, group=GROUPS.get(name), seed=seed)
+            run = regraft.fit(data / name, out=folder, group=GROUPS.get(name), seed=seed, budget=budget)
             seconds.append(time.perf_counter() - started)
         found.append(run.record["test"]["accuracy"])
         stated.append(run.record["chosen"]["score"]["score"])

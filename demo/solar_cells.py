@@ -22,7 +22,7 @@ LICENCE = "Pictures: elpv-dataset, CC-BY-NC-SA 4.0 (not part of regraft; for non
 def main() -> None:
     print(LICENCE, flush=True)
     unpack()
-    sys.argv = ["regraft", "fit", str(DATA), "--out", str(RUN)]
+    sys.argv = ["regraft", "fit", str(DATA), "--out", str(RUN), "--budget", "2m"]
     os.environ.setdefault("REGRAFT_PROGRESS", "1")
     from regraft.cli import main as regraft
 

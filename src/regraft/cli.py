@@ -76,6 +76,7 @@ def fit(data: str, out: Path, verbose: bool, as_json: bool, **options: Any) -> N
 @main.command()
 @click.argument("data")
 @click.option("--backbone", "backbones", default=["default"], multiple=True, metavar="SPEC", help=SPEC_HELP)
+@click.option("--labels", is_flag=True, help="Also score with fewer labels, to see what more of them would bring.")
 @weights
 @learning
 @shared(CONTINUES)
@@ -400,12 +401,23 @@ def _print_curve(document: dict[str, Any]) -> None:
         click.echo(f"    {point['name']}  {point['score']:.3f}  {point['low']:.3f}-{point['high']:.3f}{mark}")
     if document["ends"]:
         click.echo(document["ends"])
+    if document["labels"]:
+        _print_growth(document["labels"])
     click.echo(f"reuse up to {document['recommended']}: {document['reason']}")
     _print_expected(document["score"], *document["interval"])
 
 
 def _print_expected(score: float, low: float, high: float) -> None:
     click.echo(f"expected accuracy on new pictures: {score:.3f} (95 % interval {low:.3f} to {high:.3f})")
+
+
+def _print_growth(growth: dict[str, Any]) -> None:
+    for size in growth["sizes"]:
+        click.echo(f"{size['labels']:>7} labels  {size['score']:.3f}  {size['low']:.3f}-{size['high']:.3f}")
+    if growth["with_twice_the_labels"] is not None:
+        click.echo(
+            f"twice the labels: about {growth['with_twice_the_labels']:.3f}, if errors go on falling as they did"
+        )
 
 
 def _print_ladder(record: dict[str, Any]) -> None:

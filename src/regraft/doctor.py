@@ -7,18 +7,20 @@ those of `nn.health`.
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from regraft.artifact import TransferModel
 from regraft.backbone import Backbone
 from regraft.cut import lower_at
 from regraft.data import Dataset, read
 from regraft.errors import DataError, PictureError
-from regraft.frozen import parts_of, pooled
+from regraft.frozen import pooled
 from regraft.graph import find_cut
 from regraft.nn import Health, watch
 from regraft.preprocess import fit_to_size, normalise
@@ -27,26 +29,48 @@ PICTURES = 32
 BATCH = 16
 
 
-def examine(model: TransferModel, backbone: Backbone, dataset: Dataset, *, seed: int = 0) -> Health:
-    """Figures of the layers below the cut on up to 32 pictures drawn from `seed`, float32.
+def examine(model: TransferModel, backbone: Backbone | None, dataset: Dataset, *, seed: int = 0) -> Health:
+    """Figures of the reused and the trained layers on up to 32 pictures drawn from `seed`, float32.
 
-    Raises DataError where no picture of a class that the model knows can be read.
+    backbone: None where the model reuses none of its layers. Raises DataError where no picture of a class that the
+    model knows can be read.
     """
-    cuts = [find_cut(backbone.trace, name) for name in model.head.cuts]
-    lower = lower_at(backbone.trace, [cut.name for cut in cuts]).eval().requires_grad_(True)
-    with watch(lower, in_evaluation=True) as watched:
+    whole = _Whole(model, backbone).eval().requires_grad_(True)
+    with watch(whole.lower if whole.lower and not model.tuned else whole, in_evaluation=True) as watched:
         for pixels, labels in _batches(model, dataset, seed):
-            values = lower(normalise(pixels, model.preprocess))
-            seen = [
-                view.seen(pooled(value, cut, parts_of(cut)))
-                for view, value, cut in zip(model.head.views, values, cuts, strict=True)
-            ]
-            logits = torch.cat(seen, 1) @ model.head.weight.T + model.head.bias
+            logits = whole(pixels)
             centred = logits - logits.mean(1, keepdim=True)
             # Of unit size: a head that is sure of its own pictures would tell the layers nothing.
             F.cross_entropy(centred / centred.detach().square().mean().sqrt().clamp(min=1e-12), labels).backward()  # type: ignore[no-untyped-call]
-            lower.zero_grad(set_to_none=True)
+            whole.zero_grad(set_to_none=True)
         return watched.health()
+
+
+class _Whole(nn.Module):
+    """All layers of a saved model, unfolded, with gradients: pictures uint8 (n, c, h, w) to logits of the head."""
+
+    def __init__(self, model: TransferModel, backbone: Backbone | None) -> None:
+        super().__init__()
+        self.model = [model]  # not among the layers to watch
+        names = [cut.name for cut in model.frozen.cuts] if model.frozen else []
+        self.cuts = [find_cut(backbone.trace, name) for name in names] if backbone else []
+        self.lower = lower_at(backbone.trace, names) if backbone and names else None
+        self.tuned = copy.deepcopy(model.tuned.module).cpu() if model.tuned else None
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        model = self.model[0]
+        values = self.lower(normalise(pixels, model.preprocess)) if self.lower else ()
+        at = {cut.name: (value, cut) for cut, value in zip(self.cuts, values, strict=True)}
+        small = F.interpolate(pixels.float(), (32, 32), mode="area").round().byte() if model.small else pixels
+        logits = model.head.bias.repeat(len(pixels), 1)
+        seen = [view.seen(pooled(*at[view.cut], view.parts)) for view in model.head.views if view.cut in at]
+        if seen:  # a head reads a network's cuts or the raw input, never both
+            logits = logits + torch.cat(seen, 1) @ model.head.weight.T
+        if self.tuned is not None and model.tuned is not None:
+            plot = model.tuned.plot
+            inputs = at[plot.cut][0] if plot.takes == "map" else pixels if plot.takes == "picture" else small
+            logits = logits + self.tuned(inputs)
+        return logits
 
 
 def _batches(model: TransferModel, dataset: Dataset, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

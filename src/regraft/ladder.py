@@ -261,7 +261,10 @@ def _too_long(way: _Way, rung: _Rung, folds: Sequence[int], others: Sequence[_Ru
     if needed <= left:
         return False
     words = "its other folds and the final fit" if rung.outcomes else "it and what must follow"
-    rung.ended = ("unfinished" if rung.outcomes else "skipped", f"{words} would take about {needed:.0f} s of the {max(0.0, left):.0f} s left")
+    rung.ended = (
+        "unfinished" if rung.outcomes else "skipped",
+        f"{words} would take about {needed:.0f} s of the {max(0.0, left):.0f} s left",
+    )
     return True
 
 

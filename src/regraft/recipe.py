@@ -7,7 +7,7 @@ import platform
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from regraft.__version__ import __version__
+from regraft.allocator import memory_kept
 from regraft.architecture import is_user_function
 from regraft.artifact import TransferModel, assemble, load_model, load_with_network, save_model
 from regraft.augment import Augment, augment_from
@@ -30,6 +31,7 @@ from regraft.files import digest_json
 from regraft.finetune import Ground, fit_all, plot_of
 from regraft.flips import flips_are_harmless
 from regraft.frozen import agreement
+from regraft.growth import Growth, grow_labels
 from regraft.heads import Head
 from regraft.ladder import Climb, climb, maps_of
 from regraft.leaks import find_leaks
@@ -74,6 +76,7 @@ class Curve:
     agreement: float
     problems: tuple[LeftOut, ...]
     seconds: dict[str, float]
+    growth: Growth | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Points in order of depth, the recommended cut and why."""
@@ -94,6 +97,7 @@ class Curve:
             "seconds": self.seconds,
             "restored": self.backbone.coverage and self.backbone.coverage.to_json(),
             "ends": self.backbone.ends,
+            "labels": self.growth.to_json() if self.growth else None,
         }
 
 
@@ -120,6 +124,7 @@ def curve(
     device: str = "auto",
     strict: bool = False,
     allow_empty_class: bool = False,
+    labels: bool = False,
     store: FeatureStore | None = None,
     say: Say = silent,
     **weights: Unpack[WeightOptions],
@@ -127,6 +132,7 @@ def curve(
     """How many layers of a backbone to reuse: cross-validated probes on every shown cut and on the raw input.
 
     data: see `load_data`; its test split is not touched. group: see `load_data`. weights: see `load_backbone`.
+    labels: also score with fewer labels (`growth`), to see what more of them would bring.
     Raises RegraftError subclasses as `load_data`, `load_backbone` and `extract` do; with `strict`, DataError for any
     picture that would be left out.
     """
@@ -137,7 +143,12 @@ def curve(
     numerics, measured = faithful_numerics(network, device)
     seconds = {"prepare": time.perf_counter() - started}
     place = store or open_store()
-    return _curve(dataset, None, network, numerics, measured, place, seed, strict, allow_empty_class, say, seconds)
+    found = _curve(dataset, None, network, numerics, measured, place, seed, strict, allow_empty_class, say, seconds)
+    if not labels:
+        return found
+    cuts = [(cut.name, cut.depth) for cut in network.shown]
+    growth = grow_labels(found.bench, found.task, cuts, seed, lambda d, t: say("scoring with fewer labels", d, t))
+    return replace(found, growth=growth)
 
 
 def fit(
@@ -218,12 +229,13 @@ def fit(
 
     reserve = _seconds_after(probed, len(tested.examples) if tested else 0)
     drawn, asked = _augmentation(ground, augment, spent)
-    climbed = climb(
-        ground, found.choice.trial, found.choice.score, spent, drawn, reserve=reserve, say=say, checkpoint=keep
-    )
-    seconds["search"] = time.perf_counter() - at
-    at = time.perf_counter()
-    model = _grown(ground, climbed, probed, folder / CHECKPOINTS, say) if climbed.winner else probed
+    with memory_kept():
+        climbed = climb(
+            ground, found.choice.trial, found.choice.score, spent, drawn, reserve=reserve, say=say, checkpoint=keep
+        )
+        seconds["search"] = time.perf_counter() - at
+        at = time.perf_counter()
+        model = _grown(ground, climbed, probed, folder / CHECKPOINTS, say) if climbed.winner else probed
     facts = {"score": asdict(climbed.score), "agreement": measured, "examples": len(found.task.labels)}
     save_model(model, network, folder, facts)
     seconds["final"] = time.perf_counter() - at
@@ -272,7 +284,7 @@ def doctor(
     if record is None or record["status"] != "finished":
         raise RunError(f"{folder} must hold a finished run: run `regraft fit` to the end first.")
     model, network = load_with_network(folder, backbone=backbone, device="cpu")
-    if network is None:
+    if network is None and model.tuned is None:
         raise RunError(f"The model in {folder} must reuse layers to be examined; it sees the raw input alone.")
     options = record["options"]
     dataset = load_data(options["data"] if data is None else data, to_learn=False)
