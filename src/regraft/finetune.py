@@ -125,6 +125,8 @@ def stages_of(ground: Ground, candidate: Candidate, module: Grown) -> list[Stage
     shown = {cut.name: cut.depth for cut in backbone.shown}
     low = 0 if candidate.cut == PICTURE else find_cut(backbone.trace, candidate.cut).depth
     high = find_cut(backbone.trace, candidate.end).depth
+    if not parameters:
+        return [top]
     ends = [name for name, depth in shown.items() if low < depth < high]
     named = stage_names(plot_of(ground, candidate), backbone, module, ends)
     stages, rate = [top], 1.0

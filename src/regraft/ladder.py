@@ -1,9 +1,9 @@
 """The ladder above the probe: candidates tried within a budget, on the same folds, each kept only if it wins.
 
 Successive halving over folds (Jamieson and Talwalkar 2016): every candidate is judged on the first folds; those behind
-the probe are stopped there, the better half goes on to the others. In the order of their complexity a candidate takes
-the place of the answer so far only if it is better beyond the noise on the folds that both have seen; so at worst the
-answer is the probe. With a budget in time a candidate is tried only if it, what is left to do for the best one so far,
+the probe are stopped there, the better half goes on to the others (with many pictures the first folds are enough). In
+the order of their complexity a candidate takes the place of the answer so far only if it is better beyond the noise on
+the folds that both have seen; so at worst the answer is the probe. With a budget in time a candidate is tried only if it, what is left to do for the best one so far,
 and the final fit are expected to end in time.
 
 Knows candidates, folds and time. What was tried is kept in the store, and not tried again.
@@ -36,6 +36,8 @@ from regraft.scores import Interval, bootstrap_interval, paired_difference, wide
 from regraft.training import Diverged, Halted
 
 FIRST_FOLDS = 2
+ENOUGH_HELD_OUT = 1000
+"""Where the first folds hold so many pictures, no more are asked: the time is better spent on other candidates."""
 SLOWER = 0.1
 SPARE = 1.1
 """Estimates of time are taken so much higher."""
@@ -108,6 +110,8 @@ def climb(
     """
     rungs = [_Rung(candidate) for candidate in candidates_for(ground, augment)]
     folds = list(range(int(ground.task.folds.max()) + 1))
+    if FIRST_FOLDS * len(ground.task.labels) >= ENOUGH_HELD_OUT * len(folds):
+        folds = folds[:FIRST_FOLDS]
     way = _Way(ground, probe, budget, reserve, say, of=2 * len(rungs))
     order = sorted(rungs, key=lambda r: FIRST.index(r.candidate.name) if r.candidate.name in FIRST else len(FIRST))
     for number, rung in enumerate(order):

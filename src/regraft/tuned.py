@@ -125,7 +125,7 @@ def grow(plot: Plot, backbone: Backbone | None, *, seed: int = 0) -> Grown:
         else:
             assert backbone is not None
             trace, cut = backbone.trace, find_cut(backbone.trace, plot.end)
-            whole = split(trace, plot.end)[0] if plot.takes == "picture" else between(trace, plot.cut, plot.end)
+            whole = _body(plot, backbone)
             spec = backbone.preprocess if plot.takes == "picture" else None
             body = copy.deepcopy(whole)
             if plot.fresh:
@@ -133,6 +133,15 @@ def grow(plot: Plot, backbone: Backbone | None, *, seed: int = 0) -> Grown:
         top = _top(plot)
     grown = Grown(body, top, plot.view, cut, spec).eval()
     return grown.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+
+
+def _body(plot: Plot, backbone: Backbone) -> nn.Module:
+    """The backbone's layers from the cut to the end; none where these are one and new layers read what is stored."""
+    if plot.cut == plot.end:
+        return nn.Identity()
+    if plot.takes == "picture":
+        return split(backbone.trace, plot.end)[0]
+    return between(backbone.trace, plot.cut, plot.end)
 
 
 def run_tuned(module: Grown, x: torch.Tensor) -> torch.Tensor:
