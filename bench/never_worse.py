@@ -29,7 +29,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import timm
 import torch
 from torch import nn
 
@@ -117,9 +116,11 @@ def thinned(dataset: Dataset, most: int, seed: int) -> Dataset:
 
 def train_rival(dataset: Dataset, rival: str, seed: int, *, mirrored: bool) -> list[bool]:
     """Train the whole network with plain torch; whether each test picture is answered right."""
+    spec = regraft.load_backbone().preprocess  # this declares what torchvision lacks beside the CPU build of torch
+    import timm
+
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
-    spec = regraft.load_backbone().preprocess
     model = timm.create_model(EMBEDDED, num_classes=1000)
     if rival != "scratch":
         load_embedded_weights(model)

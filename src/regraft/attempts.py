@@ -37,7 +37,8 @@ class Attempt:
     folds: those it was judged on; seen: bool (n,), the pictures of these folds. hits, losses: float64 (n,), log-loss in
     nats; logits: float32 (n, classes), calibrated; all 0 where not seen. epochs, share: as for the final fit;
     own, whole: what the part's logits and the sum of both are multiplied by. gain, sharper: paired differences of hits
-    and log-loss from the probe's. slower: factor on the learning rate that it took.
+    and log-loss from the probe's. slower: factor on the learning rate that it took. alone: hits of the part without the
+    probe beside it, after its last epoch.
     """
 
     candidate: Candidate
@@ -56,6 +57,7 @@ class Attempt:
     sharper: Interval | None = None
     slower: float = 1.0
     seconds: float = 0.0
+    alone: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
         """The attempt as JSON values, without the pictures' own figures."""
@@ -66,6 +68,7 @@ class Attempt:
             "reason": self.reason,
             "folds": list(self.folds),
             "score": score,
+            "score_alone": self.alone if self.seen.any() else None,
             "log_loss": float(self.losses[self.seen].mean()) if self.seen.any() else None,
             "gain": [self.gain.score, self.gain.low, self.gain.high] if self.gain else None,
             "log_loss_gain": [self.sharper.score, self.sharper.low, self.sharper.high] if self.sharper else None,
@@ -136,6 +139,7 @@ def judged(
         sharper,
         slower,
         seconds,
+        float((own[-1].argmax(1) == labels)[at].double().mean()),
     )
 
 

@@ -53,7 +53,7 @@ class Candidate:
     opens: tuple[str, ...] = ()
     statistics: bool = False
     epochs: int = 10
-    lr: float = 1e-3
+    lr: float = 5e-4
     decay: float = 0.7
     views: int = 4
     augment: Augment = Augment(crop=True, mix=True)
@@ -112,12 +112,14 @@ def worth_trying(n: int, places: Sequence[Place], best: str, augment: Augment) -
     if n >= ENOUGH:
         does = f"256 new hidden units under the output, layers above {top} fine-tuned"
         found.append(
-            Candidate("layer added", does, top, end, hidden=(256,), opens=(end,), views=views, augment=augment)
+            Candidate("layer added", does, top, end, hidden=(256,), opens=(end,), lr=1e-3, views=views, augment=augment)
         )
     if n >= MUCH:
         does = f"layers above {top} replaced by fresh ones"
         found.append(
-            Candidate("layers replaced", does, top, end, fresh=top, statistics=True, views=views, augment=augment)
+            Candidate(
+                "layers replaced", does, top, end, fresh=top, statistics=True, lr=1e-3, views=views, augment=augment
+            )
         )
         does = f"layers above {top} fine-tuned, batch norms move on"
         found.append(Candidate("moving norms", does, top, end, statistics=True, views=views, augment=augment))

@@ -38,15 +38,15 @@ def split(trace: Trace, name: str) -> tuple[nn.Module, nn.Module]:
     return runnable(lower, trace.module, trace.constants), runnable(upper, trace.module, trace.constants)
 
 
-def between(trace: Trace, name: str, end: str) -> nn.Module:
-    """The part of the network from the cut called `name` up to the deeper cut called `end`, as `split` gives its parts.
+def between(trace: Trace, name: str, ends: Sequence[str]) -> nn.Module:
+    """The part of the network from the cut called `name` up to the deepest of `ends`, as `split` gives its parts.
 
-    It takes the tensor at the first and returns the tensor at the second. Raises CutError as `find_cut` does, and
-    unless `end` lies above `name`.
+    It takes the tensor at the first and returns the tensors at the ends as a tuple, in that order; the first itself may
+    be among them. Raises CutError as `find_cut` does, and unless all ends lie there or above.
     """
-    cut, last = find_cut(trace, name), find_cut(trace, end)
-    if last.depth <= cut.depth:
-        raise CutError(f"A part must end above where it begins; {end} does not lie above {name}.")
+    cut, last = find_cut(trace, name), [find_cut(trace, end) for end in ends]
+    if not last or min(end.depth for end in last) < cut.depth:
+        raise CutError(f"A part must end where it begins or above; {', '.join(ends)} lie not above {name}.")
     return runnable(_upper_graph(trace, cut, last), trace.module, trace.constants)
 
 
@@ -83,22 +83,27 @@ def _lower_graph(trace: Trace, cuts: Sequence[Cut], *, single: bool) -> fx.Graph
     return graph
 
 
-def _upper_graph(trace: Trace, cut: Cut, last: Cut | None = None) -> fx.Graph:
-    """Everything above the cut, up to the last where one is given; what is not carried across is made anew."""
+def _upper_graph(trace: Trace, cut: Cut, ends: Sequence[Cut] = ()) -> fx.Graph:
+    """Everything above the cut, up to the ends where they are given; what is not carried across is made anew."""
     nodes = list(trace.graph.nodes)
     sights = trace.sights
     at = next(n for n in nodes if n.name == cut.node)
     known = recipes(nodes, sights, at)
     assert known is not None, "a place without recipes is no cut"
     writer = _Writer(at, known, copied=bool(sights[cut.node].overwritten))
-    end = len(nodes) if last is None else sights[last.node].place + 1
-    for node in nodes[sights[cut.node].place + 1 : end]:
+    last = max((sights[end.node].place for end in ends), default=len(nodes) - 1)
+    wanted = {end.node: end for end in ends}
+    for node in [at] if cut.node in wanted else []:
+        writer.keep(node, overwritten=any(place <= last for place in sights[node.name].overwritten))
+    for node in nodes[sights[cut.node].place + 1 : last + 1]:
         once = sights[node.name].depends is Depends.CONTENT or sights[node.name].effect or node.op == "output"
         check = not node.users and not once and reachable(node, sights, at, known)
         if once or check:
             writer.copy(node)
-    if last is not None:
-        writer.finish(next(n for n in nodes if n.name == last.node))
+        if node.name in wanted:
+            writer.keep(node, overwritten=any(place <= last for place in sights[node.name].overwritten))
+    if ends:
+        writer.graph.output(tuple(writer.kept[end.node] for end in ends))  # type: ignore[misc]
     if writer.fixed:
         with writer.graph.inserting_after(writer.h):
             writer.graph.call_function(require_size, (writer.h, cut.shape, cut.name))
@@ -123,6 +128,7 @@ class _Writer:
         self.h = self.graph.placeholder("h")
         self.read: dict[Recipe, object] = {}
         self.fixed = False
+        self.kept: dict[str, object] = {}
         self.values: dict[fx.Node, object] = {cut: self.graph.call_method("clone", (self.h,)) if copied else self.h}
 
     def copy(self, node: fx.Node) -> object:
@@ -131,9 +137,10 @@ class _Writer:
         self.values[node] = self.graph.node_copy(node, lambda n: self.values[n])  # type: ignore[arg-type, return-value]
         return self.values[node]
 
-    def finish(self, node: fx.Node) -> None:
-        """Return the value of this old node."""
-        self.graph.output(self.value(node))  # type: ignore[arg-type]
+    def keep(self, node: fx.Node, *, overwritten: bool) -> None:
+        """Keep the value of this old node to be returned, a copy where the network goes on to write into it."""
+        value = self.value(node)
+        self.kept[node.name] = self.graph.call_method("clone", (value,)) if overwritten else value  # type: ignore[arg-type]
 
     def value(self, node: fx.Node) -> object:
         """The value of an old node, made anew where it lies below the cut."""

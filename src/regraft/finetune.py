@@ -1,14 +1,15 @@
 """Fine-tune a candidate from its cut: on the pictures of all folds but one, or on all for the final model.
 
 The frozen part is not run: the part above the cut is trained on stored maps (see `maps`). The output layer begins as
-the probe solved at that depth (linear probing, then fine-tuning: Kumar et al. 2022), so at step 0 the network is the
+the probe solved at that depth (linear probing, then fine-tuning: Kumar et al. 2022), so at step 0 the network is a
 probe. Knows candidates, maps and labels; nothing of budgets or of which candidate is good.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -24,11 +25,15 @@ from regraft.maps import Maps
 from regraft.networks.small import FEATURES
 from regraft.nn import Clipping
 from regraft.numerics import Numerics
-from regraft.probe import Bench, Task, Trial, fit_head
+from regraft.probe import Bench, Task, Trial, fit_head, next_start, probe_several
 from regraft.training import Checkpoints, Plan, Stage, batches_of, shuffled, train
 from regraft.tuned import PICTURE, SMALL, Grown, Plot, batch_norms, grow, run_tuned, stage_names
 
 BATCH = 32
+SEVERAL = 4
+"""The cuts that the output layer of a candidate reads at most."""
+TOP_RATE = 0.1
+"""The learning rate of an output layer that begins as a probe: at more it forgets what regularised it, and overfits."""
 SMOOTHING = 0.1
 MIX = 0.2
 NOISE = 0.1
@@ -50,17 +55,35 @@ class Ground:
     seed: int = 0
     balanced: bool = False
     clipping: Clipping = Clipping("norm", 1.0)
+    starts: dict[tuple[str, str], Trial] = field(default_factory=dict, repr=False, compare=False)
 
 
 def plot_of(ground: Ground, candidate: Candidate) -> Plot:
     """The part of the network that a candidate trains, with what its head sees."""
     channels = 1 if ground.bench.grey else 3
     if candidate.cut == INPUT:
-        view = View(SMALL, 1, FEATURES, True)
-        return Plot(INPUT, SMALL, view, ground.task.classes, channels=channels)
-    view = ground.trials[candidate.end].views[0]
-    hidden, fresh = candidate.hidden, candidate.fresh
-    return Plot(candidate.cut, candidate.end, view, ground.task.classes, fresh, hidden, channels)
+        return Plot(INPUT, (View(SMALL, 1, FEATURES, True),), ground.task.classes, channels=channels)
+    views = start_of(ground, candidate).views
+    return Plot(candidate.cut, views, ground.task.classes, candidate.fresh, candidate.hidden, channels)
+
+
+def start_of(ground: Ground, candidate: Candidate) -> Trial:
+    """The probe that a candidate begins as: on the deepest layer it keeps, alone or with the best of those below it.
+
+    Of the heads on the cuts from its own up, that with the least log-loss out of fold.
+    """
+    asked = (candidate.cut, candidate.end)
+    if asked not in ground.starts:
+        depth = {cut.name: cut.depth for cut in ground.backbone.shown}
+        low = 0 if candidate.cut == PICTURE else find_cut(ground.backbone.trace, candidate.cut).depth
+        inside = [name for name in depth if low <= depth[name] < depth[candidate.end]]
+        best = sorted(inside, key=lambda name: ground.trials[name].log_loss)[: SEVERAL - 1]
+        names = [*sorted(best, key=lambda name: depth[name]), candidate.end]
+        alone = ground.trials[candidate.end]
+        several = partial(probe_several, ground.bench, ground.task, names, [candidate.end, *best], depth[candidate.end])
+        joint = [several(root=root, start=next_start(alone)) for root in (False, True)] if best else []
+        ground.starts[asked] = min([alone, *joint], key=lambda trial: trial.log_loss)
+    return ground.starts[asked]
 
 
 def train_fold(
@@ -104,11 +127,11 @@ def begin(ground: Ground, candidate: Candidate, learned: np.ndarray) -> Grown:
     """The part as training begins, its output layer the probe's on these rows where there is one to begin from."""
     plot = plot_of(ground, candidate)
     module = grow(plot, ground.backbone, seed=ground.seed)
-    if plot.takes != "input" and not plot.hidden and not plot.fresh:
+    if begins_as_probe(candidate):
         task, bench = ground.task, ground.bench
         fewer = replace(bench, chosen=bench.chosen[learned], products={})
         known = Task(task.labels[learned], task.groups[learned], task.folds[:, learned], task.classes)
-        head = fit_head(fewer, known, ground.trials[candidate.end])
+        head = fit_head(fewer, known, start_of(ground, candidate))
         output = module.top[-1]  # type: ignore[index]
         with torch.no_grad():
             output.weight.copy_(head.weight)
@@ -116,10 +139,15 @@ def begin(ground: Ground, candidate: Candidate, learned: np.ndarray) -> Grown:
     return module.to(ground.numerics.device)
 
 
+def begins_as_probe(candidate: Candidate) -> bool:
+    """Whether the output layer starts from a solved head; above new layers there is none."""
+    return candidate.cut != INPUT and not candidate.hidden and not candidate.fresh
+
+
 def stages_of(ground: Ground, candidate: Candidate, module: Grown) -> list[Stage]:
     """The new layers and, from the top down, the reused ones between neighbouring shown cuts, with their rates."""
     backbone, parameters = ground.backbone, dict(module.body.named_parameters())
-    top = Stage("top", tuple(module.top.parameters()))
+    top = Stage("top", tuple(module.top.parameters()), TOP_RATE if begins_as_probe(candidate) else 1.0)
     if candidate.cut == INPUT:
         return [top, Stage("body", tuple(parameters.values()))]
     shown = {cut.name: cut.depth for cut in backbone.shown}

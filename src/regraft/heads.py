@@ -17,6 +17,9 @@ from torch import nn
 INPUT = "input"
 """Depth 0: the picture itself at 32 x 32, which every network must beat."""
 
+SOFTENED = 1e-4
+"""Added under roots where gradients flow through them."""
+
 
 @dataclass(frozen=True)
 class View:
@@ -39,7 +42,11 @@ class View:
     def seen(self, cells: torch.Tensor) -> torch.Tensor:
         """Stored cells (n, parts, channels), float32, as a head of a cut sees them (see `of`), with gradients."""
         rows = cells.flatten(1) if self.whole else cells.mean(1)
-        return rows.abs().clamp(min=1e-4).sqrt().copysign(rows) if self.root else rows
+        if not self.root:
+            return rows
+        roots = (rows.abs() + SOFTENED).sqrt() - SOFTENED**0.5  # a root's own slope at 0 is infinite
+        signed: torch.Tensor = roots.copysign(rows)
+        return signed
 
     @property
     def dim(self) -> int:

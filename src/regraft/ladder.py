@@ -3,8 +3,8 @@
 Successive halving over folds (Jamieson and Talwalkar 2016): every candidate is judged on the first folds; those behind
 the probe are stopped there, the better half goes on to the others (with many pictures the first folds are enough). In
 the order of their complexity a candidate takes the place of the answer so far only if it is better beyond the noise on
-the folds that both have seen; so at worst the answer is the probe. With a budget in time a candidate is tried only if it, what is left to do for the best one so far,
-and the final fit are expected to end in time.
+the folds that both have seen; so at worst the answer is the probe. With a budget in time a candidate is tried only if
+it, what is left to do for the best one so far, and the final fit are expected to end in time.
 
 Knows candidates, folds and time. What was tried is kept in the store, and not tried again.
 """
@@ -38,6 +38,8 @@ from regraft.training import Diverged, Halted
 FIRST_FOLDS = 2
 ENOUGH_HELD_OUT = 1000
 """Where the first folds hold so many pictures, no more are asked: the time is better spent on other candidates."""
+SURE = 300
+"""A candidate that was judged on the first folds alone can win where they hold so many pictures."""
 SLOWER = 0.1
 SPARE = 1.1
 """Estimates of time are taken so much higher."""
@@ -120,12 +122,12 @@ def climb(
             continue
         _advance(way, rung, folds[:FIRST_FOLDS], rungs, len(folds) - FIRST_FOLDS)
         checkpoint()
-        if rung.ended is None and _ahead(way, rung) <= 0:
-            rung.ended = ("stopped", "behind the probe on the first folds")
+        if rung.ended is None and not _promising(way, rung):
+            rung.ended = ("stopped", "behind the probe on the first folds, in hits and in log-loss")
     going = sorted((r for r in rungs if r.ended is None), key=lambda r: -_ahead(way, r))
     kept = (len(going) + 1) // 2
     for rung in going[kept:]:
-        rung.ended = ("stopped", "in the lesser half on the first folds")
+        rung.ended = ("stopped", "its log-loss was in the lesser half on the first folds")
     for rung in going[:kept]:
         _advance(way, rung, folds[FIRST_FOLDS:], (), 0)
         checkpoint()
@@ -157,7 +159,7 @@ def decide(
     The score is nested: the pictures of every fold are answered by the winner on the other folds.
     """
     folds, groups = ground.task.folds[0], ground.task.groups
-    judged = [a for a in attempts if a.seen.any() and a.status in ("finished", "unfinished")]
+    judged = [a for a in attempts if a.status == "finished" or (a.status == "unfinished" and a.seen.sum() >= SURE)]
     winner = _wins(probe, judged, groups, np.ones(len(folds), bool))
     if winner is None:
         tried = sum(bool(a.seen.any()) for a in attempts)
@@ -218,6 +220,12 @@ def maps_of(ground: Ground, candidate: Candidate, say: Say) -> Maps:
 def _attempt(way: _Way, rung: _Rung) -> Attempt:
     ended = rung.ended or ("finished", "")
     return judged(way.ground, way.probe, rung.candidate, rung.outcomes, ended, rung.slower, rung.seconds)
+
+
+def _promising(way: _Way, rung: _Rung) -> bool:
+    """Whether a candidate is ahead of the probe in hits or in log-loss on the folds that it has seen."""
+    attempt = _attempt(way, rung)
+    return any(gain is not None and gain.score > 0 for gain in (attempt.gain, attempt.sharper))
 
 
 def _ahead(way: _Way, rung: _Rung) -> float:

@@ -41,10 +41,14 @@ PHASES = {
     "prepare": "finding the pictures, loading and following the network",
     "features": "features: the frozen part, once per picture",
     "probes": "probes: heads at every cut, cross-validated",
-    "head": "final head, saving the model",
+    "head": "head of the probe, on all pictures",
+    "search": "search: trying candidates beyond the probe",
+    "final": "training the winner, if there is one, on all pictures; saving the model",
     "test": "testing the saved model",
     "other": "everything else",
 }
+HEAD_ALONE = "final head, saving the model"
+"""What `head` was in records without `final`."""
 Pixels = Callable[[str], npt.NDArray[np.uint8] | None]
 
 
@@ -69,10 +73,13 @@ def render(record: Mapping[str, Any], pixels: Pixels) -> str:
     )
     judged = judge(record)
     rows = class_rows(judged, dict(zip(record["data"]["labels"], record["data"]["per_class"], strict=True)))
+    ladder = ladder_of(record)
     drawn = {
         "network": network_name(record["curve"]["backbone"]),
         "majority": majority(record["data"]),
-        "plot": plot_curve(record["curve"], record["chosen"]["name"], majority(record["data"])["share"]),
+        "plot": plot_curve(record["curve"], record["curve"]["recommended"], majority(record["data"])["share"]),
+        "ladder": ladder,
+        "winner": ladder.winner if ladder else None,
         "spans": spans(record["seconds"]),
         "judged": judged,
         "rows": rows,
@@ -120,10 +127,110 @@ def spans(seconds: Mapping[str, float]) -> list[Span]:
     parts["other"] = max(0.0, seconds["total"] - sum(parts.values()))
     whole = sum(parts.values()) or 1.0
     found: list[Span] = []
+    known = PHASES if "final" in seconds else PHASES | {"head": HEAD_ALONE}
     for name, s in parts.items():
         start = found[-1].start + found[-1].share if found else 0.0
-        found.append(Span(name, PHASES.get(name, name), s, start, s / whole))
+        found.append(Span(name, known.get(name, name), s, start, s / whole))
     return found
+
+
+# --- the ladder of what was tried beyond the probe ---
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A paired difference and its interval; at, start and end: where they lie on the scale of the ladder, 0..1."""
+
+    score: float
+    low: float
+    high: float
+    at: float
+    start: float
+    end: float
+
+
+@dataclass(frozen=True)
+class Rung:
+    """A candidate and what came of it.
+
+    way: how it trains, one word; better: than the probe beyond the noise; gain: in shares of pictures over the probe's;
+    change: of the log-loss from the probe's, with its 95 % interval; below 0 where the candidate's is lower.
+    """
+
+    attempt: Mapping[str, Any]
+    way: str
+    won: bool
+    better: bool
+    gain: Bar | None
+    change: tuple[float, float, float] | None
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """The candidates in order of complexity. zero: place of the probe on their scale; scale: ticks as (place, text).
+
+    raw: the raw input's point of the curve; probe: its name, score and log-loss on the folds that candidates share.
+    """
+
+    raw: Mapping[str, Any]
+    probe: Mapping[str, Any]
+    rungs: tuple[Rung, ...]
+    zero: float
+    scale: tuple[tuple[float, str], ...]
+
+    @property
+    def winner(self) -> Rung | None:
+        """The candidate that took the place of the probe."""
+        return next((rung for rung in self.rungs if rung.won), None)
+
+    @property
+    def judged(self) -> int:
+        """How many candidates were judged on some fold."""
+        return sum(bool(rung.attempt["folds"]) for rung in self.rungs)
+
+    @property
+    def scratch(self) -> Rung | None:
+        """The candidate without transfer."""
+        return next((rung for rung in self.rungs if rung.way == "scratch"), None)
+
+
+def ladder_of(record: Mapping[str, Any]) -> Ladder | None:
+    """What was tried beyond the probe; None where nothing was, or the record is older than the ladder."""
+    ladder, cuts = record.get("ladder"), record["curve"]["cuts"]
+    if not ladder or not ladder["attempts"]:
+        return None
+    gains = [attempt["gain"] for attempt in ladder["attempts"] if attempt["gain"]]
+    levels = ticks(100 * min([0.0, *(g[1] for g in gains)]), 100 * max([0.0, *(g[2] for g in gains)]), 6)
+
+    def place(difference: float) -> float:
+        return (100 * difference - levels[0]) / (levels[-1] - levels[0])
+
+    def rung(attempt: Mapping[str, Any]) -> Rung:
+        gain, sharper = attempt["gain"], attempt["log_loss_gain"]
+        bar = Bar(*gain, *map(place, gain)) if gain else None
+        change = (-sharper[0], -sharper[2], -sharper[1]) if sharper else None
+        # The rule by which the ladder itself chooses.
+        better = bool(bar and change and (bar.low > 0 or (change[2] < 0 and bar.score >= 0)))
+        return Rung(
+            attempt, way_of(attempt, cuts[-1]["name"]), attempt["name"] == ladder["winner"], better, bar, change
+        )
+
+    scale = tuple((place(level / 100), f"{level:+d}" if level else "0") for level in levels) if gains else ()
+    rungs = tuple(rung(attempt) for attempt in ladder["attempts"])
+    return Ladder(cuts[0], ladder["probe"], rungs, place(0.0), scale)
+
+
+def way_of(attempt: Mapping[str, Any], deepest: str) -> str:
+    """How a candidate trains, in one word. deepest: the last cut of the curve."""
+    ways = (
+        ("scratch", attempt["cut"] == INPUT),
+        ("all", attempt["cut"] == "picture"),
+        ("fresh", attempt["fresh"]),
+        ("hidden", attempt["hidden"]),
+        ("dropped", attempt["end"] != deepest),
+        ("stages", attempt["opens"]),
+    )
+    return next((way for way, so in ways if so), "tuned")
 
 
 # --- the health of layers ---
@@ -342,7 +449,7 @@ class Plot:
 def plot_curve(curve: Mapping[str, Any], chosen: str, constant: float) -> Plot:
     """Where everything lies when scores in percent are drawn against depth.
 
-    curve: as in the record; chosen: name of the recommended point; constant: the score of a constant answer.
+    curve: as in the record; chosen: name of the point to mark; constant: the score of a constant answer.
     """
     cuts, several = curve["cuts"], curve["several"]
     right = WIDTH - RIGHT - COLUMN * len(several)

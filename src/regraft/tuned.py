@@ -16,11 +16,11 @@ import torch
 from torch import nn
 
 from regraft.backbone import Backbone
-from regraft.cut import between, split
+from regraft.cut import between, lower_at, split
 from regraft.frozen import pooled
 from regraft.graph import Cut, find_cut
 from regraft.heads import INPUT, View
-from regraft.networks.small import FEATURES, small_network
+from regraft.networks.small import small_network
 from regraft.nn import initialize_
 from regraft.preprocess import PreprocessSpec, input_spec, normalise
 
@@ -39,18 +39,22 @@ class Plot:
     """Which part of a network is trained on.
 
     cut: all up to it is frozen; PICTURE: nothing is; INPUT: the small network on the picture at 32 x 32.
-    end: the deepest layer kept; what lies above is dropped. fresh: what lies above this cut began anew.
+    views: what the head sees of the values at cuts from there up, the deepest last; what lies above that is dropped.
+    fresh: what lies above this cut began anew.
     hidden: widths of new hidden layers under the new output layer. channels: of the picture at 32 x 32.
-    view: what the head sees of the value at `end`.
     """
 
     cut: str
-    end: str
-    view: View
+    views: tuple[View, ...]
     classes: int
     fresh: str = ""
     hidden: tuple[int, ...] = ()
     channels: int = 3
+
+    @property
+    def ends(self) -> list[str]:
+        """The cuts that the head reads, the deepest last."""
+        return [view.cut for view in self.views]
 
     @property
     def takes(self) -> Takes:
@@ -59,16 +63,16 @@ class Plot:
 
 
 class Grown(nn.Module):
-    """body: from the cut to the value at the end; top: new layers and the output layer."""
+    """body: from the cut to the values that the head reads; top: new layers and the output layer."""
 
     def __init__(
-        self, body: nn.Module, top: nn.Module, view: View, cut: Cut | None, spec: PreprocessSpec | None
+        self, body: nn.Module, top: nn.Module, views: Sequence[View], cuts: Sequence[Cut], spec: PreprocessSpec | None
     ) -> None:
         super().__init__()
         self.body = body
         self.top = top
-        self.view = view
-        self.cut = cut
+        self.views = tuple(views)
+        self.cuts = tuple(cuts)
         self.spec = spec
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -77,10 +81,14 @@ class Grown(nn.Module):
             x = normalise(x, self.spec)
         if x.dim() == 4:
             x = x.contiguous(memory_format=torch.channels_last)
-        value = self.body(x).float()
+        values = self.body(x)
         with torch.autocast(x.device.type, enabled=False):
-            cells = value.unsqueeze(1) if self.cut is None else pooled(value, self.cut, self.view.parts)
-            logits: torch.Tensor = self.top(self.view.seen(cells))
+            if not self.cuts:
+                seen = values.float()
+            else:
+                cells = [pooled(v, c, view.parts) for v, c, view in zip(values, self.cuts, self.views, strict=True)]
+                seen = torch.cat([view.seen(c) for view, c in zip(self.views, cells, strict=True)], 1)
+            logits: torch.Tensor = self.top(seen)
         return logits
 
 
@@ -97,19 +105,19 @@ class Tuned:
         plot = self.plot
         return {
             "cut": plot.cut,
-            "end": plot.end,
             "fresh": plot.fresh,
             "hidden": list(plot.hidden),
             "channels": plot.channels,
-            "view": plot.view.to_json(),
+            "views": [view.to_json() for view in plot.views],
             "share": self.share,
         }
 
 
 def plot_from_json(value: dict[str, Any], classes: int) -> Plot:
     """The inverse of `Tuned.to_json` but for the share; KeyError or TypeError where something is missing."""
-    known = {name: value[name] for name in ("cut", "end", "fresh", "channels")}
-    return Plot(view=View(**value["view"]), classes=classes, hidden=tuple(value["hidden"]), **known)
+    known = {name: value[name] for name in ("cut", "fresh", "channels")}
+    views = tuple(View(**view) for view in value["views"])
+    return Plot(views=views, classes=classes, hidden=tuple(value["hidden"]), **known)
 
 
 def grow(plot: Plot, backbone: Backbone | None, *, seed: int = 0) -> Grown:
@@ -119,29 +127,19 @@ def grow(plot: Plot, backbone: Backbone | None, *, seed: int = 0) -> Grown:
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        small: PreprocessSpec | None = input_spec(plot.channels)
         if plot.takes == "input":
-            body, cut, spec = small_network(plot.channels), None, small
+            grown = Grown(small_network(plot.channels), _top(plot), plot.views, (), input_spec(plot.channels))
         else:
             assert backbone is not None
-            trace, cut = backbone.trace, find_cut(backbone.trace, plot.end)
-            whole = _body(plot, backbone)
-            spec = backbone.preprocess if plot.takes == "picture" else None
+            trace = backbone.trace
+            whole = lower_at(trace, plot.ends) if plot.takes == "picture" else between(trace, plot.cut, plot.ends)
             body = copy.deepcopy(whole)
             if plot.fresh:
-                _begin_anew(body, copy.deepcopy(between(trace, plot.fresh, plot.end)))
-        top = _top(plot)
-    grown = Grown(body, top, plot.view, cut, spec).eval()
-    return grown.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
-
-
-def _body(plot: Plot, backbone: Backbone) -> nn.Module:
-    """The backbone's layers from the cut to the end; none where these are one and new layers read what is stored."""
-    if plot.cut == plot.end:
-        return nn.Identity()
-    if plot.takes == "picture":
-        return split(backbone.trace, plot.end)[0]
-    return between(backbone.trace, plot.cut, plot.end)
+                _begin_anew(body, copy.deepcopy(between(trace, plot.fresh, plot.ends[-1:])))
+            cuts = [find_cut(trace, name) for name in plot.ends]
+            spec = backbone.preprocess if plot.takes == "picture" else None
+            grown = Grown(body, _top(plot), plot.views, cuts, spec)
+    return grown.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
 
 def run_tuned(module: Grown, x: torch.Tensor) -> torch.Tensor:
@@ -185,7 +183,7 @@ def batch_norms(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _top(plot: Plot) -> nn.Module:
-    before = FEATURES if plot.takes == "input" else plot.view.dim
+    before = sum(view.dim for view in plot.views)
     layers: list[nn.Module] = []
     for width in plot.hidden:
         layers += [nn.Linear(before, width), nn.ReLU()]
