@@ -430,6 +430,7 @@ def test_an_interrupted_fit_says_so_and_computes_only_the_rest_afterwards(tmp_pa
         "REGRAFT_PROGRESS": "1",
     }
     command = [sys.executable, "-m", "regraft", "fit", str(data), "--out", str(tmp_path / "run"), "--json"]
+    command += ["--budget", "0trials"]
     child = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
     seen = b""
     while b"features 4" not in seen and child.poll() is None:  # forty-odd pictures
@@ -445,7 +446,7 @@ def test_an_interrupted_fit_says_so_and_computes_only_the_rest_afterwards(tmp_pa
     pictures = {entry["pictures"] for entry in kept}
     assert len(pictures) == 1
     assert 40 <= max(pictures) < 160
-    record = json.loads(run("fit", data, "--out", tmp_path / "run", "--json").stdout)
+    record = json.loads(run("fit", data, "--out", tmp_path / "run", "--json", "--budget", "0trials").stdout)
     assert record["forward_passes"] == 160 - max(pictures)
     assert record["status"] == "finished"
 

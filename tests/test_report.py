@@ -25,6 +25,7 @@ from regraft.report import (
     class_rows,
     confused_pairs,
     judge,
+    ladder_of,
     plot_curve,
     render,
     shortened,
@@ -32,10 +33,11 @@ from regraft.report import (
     spread,
     thumbnail,
     ticks,
+    way_of,
     write_report,
 )
 
-SECTIONS = ["verdict", "curve", "time", "classes", "calibration", "worst", "left-out", "how"]
+SECTIONS = ["verdict", "curve", "ladder", "time", "classes", "calibration", "worst", "left-out", "how"]
 VOID = {"meta", "br", "img", "link", "hr"}
 BLOCKS = {"p", "div", "td", "th", "li", "dt", "dd", "h1", "h2", "h3", "title", "summary"}
 DRAWN = {"rect", "path", "circle", "polygon", "polyline"}
@@ -118,6 +120,52 @@ def a_record(classes: int = 3, test: bool = True, chosen: str = "b+c") -> Record
     }
 
 
+def an_attempt(name: str, cut: str, gain: float | None, **facts: Any) -> Record:
+    """What came of a candidate on all 5 folds; without a gain it was not tried."""
+    came: Record = {
+        "status": "skipped",
+        "reason": "it would take about 90 s of the 20 s left",
+        "folds": [],
+        "seconds": 0.0,
+    }
+    came |= {"score": None, "log_loss": None, "gain": None, "log_loss_gain": None, "epochs_kept": 0, "share": 1.0}
+    if gain is not None:
+        came |= {"status": "finished", "reason": "", "folds": [0, 1, 2, 3, 4], "score": 0.87 + gain, "log_loss": 0.5}
+        came |= {"gain": [gain, gain - 0.02, gain + 0.03], "log_loss_gain": [gain, gain - 0.01, gain + 0.01]}
+        came |= {"epochs_kept": 9, "share": 0.5, "seconds": 31.4}
+    settings: Record = {
+        "end": "c",
+        "fresh": "",
+        "hidden": [],
+        "opens": [],
+        "lr": 0.001,
+        "decay": 0.7,
+        "rate_factor": 1.0,
+    }
+    settings["augment"] = {"crop": True, "flip": False, "light": False, "mix": True, "noise": False}
+    return {"name": name, "does": f"what {name} does", "cut": cut} | settings | came | facts
+
+
+def with_ladder(record: Record, winner: str | None = None, **facts: Any) -> Record:
+    """The record with a ladder of four candidates; facts: of the winner's attempt."""
+    attempts = [
+        an_attempt("scratch", "input", -0.03, end="small network"),
+        an_attempt("top layers", "b", 0.01),
+        an_attempt("layers dropped", "a", None, end="b"),
+        an_attempt("all layers", "picture", None),
+    ]
+    for attempt in attempts:
+        if attempt["name"] == winner:
+            attempt |= {**an_attempt(attempt["name"], attempt["cut"], 0.045, end=attempt["end"]), **facts}
+            record["chosen"]["name"] = winner
+    probe = {"name": record["curve"]["recommended"], "score": 0.87, "log_loss": 0.55}
+    record["ladder"] = {"probe": probe, "attempts": attempts, "winner": winner, "reason": "as it is"}
+    record["curve"] |= {"score": 0.8642, "interval": [0.81, 0.9]}
+    record["options"] |= {"budget": "5m", "augment": None, "balanced": False, "clipping": ["norm", 1.0]}
+    record["seconds"] |= {"search": 60.0, "final": 20.0, "total": 90.0}
+    return record
+
+
 def no_worst(record: Record) -> Record:
     record["test"]["worst"] = []
     return record
@@ -138,6 +186,11 @@ CASES: dict[str, Callable[[], Record]] = {
     "100 classes, no test": lambda: a_record(classes=100, test=False),
     "nothing misjudged": lambda: no_worst(a_record()),
     "a class without test pictures": lambda: empty_class(a_record()),
+    "a ladder, no winner": lambda: with_ladder(a_record()),
+    "a winner": lambda: with_ladder(a_record(), "top layers"),
+    "a winner, no test": lambda: with_ladder(a_record(test=False), "layers dropped"),
+    "scratch wins": lambda: with_ladder(a_record(), "scratch"),
+    "a winner above the raw input": lambda: with_ladder(a_record(chosen="input"), "all layers"),
 }
 
 
@@ -201,10 +254,11 @@ def page_of(record: Record, pixels: Callable[[str], np.ndarray | None] = grey) -
 
 @pytest.mark.parametrize("case", CASES)
 def test_every_report_is_closed_html_with_all_sections_in_order(case: str) -> None:
-    page = page_of(CASES[case]())
+    record = CASES[case]()
+    page = page_of(record)
     assert page.open == []
     ids = [attrs["id"] for _, attrs in page.elements if "id" in attrs]
-    assert ids == SECTIONS
+    assert ids == [section for section in SECTIONS if section != "ladder" or "ladder" in record]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -225,9 +279,13 @@ def test_nothing_is_fetched_and_nothing_runs(case: str) -> None:
 
 
 def test_links_inside_the_page_lead_somewhere() -> None:
-    page = page_of(a_record())
-    targets = {attrs["href"][1:] for tag, attrs in page.elements if tag == "a"}
-    assert targets <= set(SECTIONS)
+    for record, sections in (
+        (a_record(), set(SECTIONS) - {"ladder"}),
+        (with_ladder(a_record(), "top layers"), set(SECTIONS)),
+    ):
+        targets = {attrs["href"][1:] for tag, attrs in page_of(record).elements if tag == "a"}
+        assert targets <= sections
+        assert ("ladder" in targets) == ("ladder" in sections)
 
 
 def test_a_report_is_written_whole_and_replaces_the_one_before(tmp_path: Path) -> None:
@@ -305,6 +363,85 @@ def test_a_test_that_was_learned_from_is_announced_beside_the_verdict() -> None:
     assert "test/x.png: same pixels as train/y.png" in text
 
 
+@pytest.mark.parametrize(
+    ("chosen", "winner", "facts", "said"),
+    [
+        (
+            "b+c",
+            "top layers",
+            {},
+            "Reuse somenet up to b, the layers above fine-tuned, with the probe beside them (share one half):",
+        ),
+        ("b+c", "top layers", {"share": 1.0}, "Reuse somenet up to b, the layers above fine-tuned: it judges"),
+        ("b+c", "top layers", {"fresh": "b"}, "up to b, the layers above replaced by fresh ones, with the probe"),
+        ("b+c", "top layers", {"hidden": [256]}, "up to b, the layers above and new hidden ones fine-tuned, with"),
+        ("b+c", "top layers", {"opens": ["c"]}, "up to b, the layers above unfrozen from the top and fine-tuned, with"),
+        (
+            "b+c",
+            "layers dropped",
+            {},
+            "Reuse somenet up to b, the layers above dropped and those from a on fine-tuned, with the probe",
+        ),
+        (
+            "input",
+            "all layers",
+            {},
+            "Reuse all layers of somenet, every one trained further, with a head on the raw pixels beside them (share",
+        ),
+        (
+            "b+c",
+            "scratch",
+            {},
+            "A small network from scratch does best here, with the probe on b+c of somenet beside it (share one half); "
+            "no fine-tuned layers that were tried are better beyond the noise: it judges",
+        ),
+        (
+            "b+c",
+            "scratch",
+            {"share": 1.0},
+            "A small network from scratch does best here, alone; no reuse of somenet that was tried is better",
+        ),
+        (
+            "input",
+            "scratch",
+            {"share": 1.0},
+            "Transfer does not help here: a small network from scratch does best, and no reuse of somenet that was "
+            "tried is better beyond the noise; it judges",
+        ),
+        (
+            "input",
+            "scratch",
+            {},
+            "a small network from scratch, with a head on the raw pixels beside it (share one half), does best,",
+        ),
+    ],
+)
+def test_the_verdict_says_how_the_winner_reuses_the_network(chosen: str, winner: str, facts: Record, said: str) -> None:
+    text = page_of(with_ladder(a_record(chosen=chosen), winner, **facts)).text
+    assert said in text
+    assert text.count("Transfer does not help here") == (chosen == "input" and winner == "scratch")
+
+
+def test_the_verdict_gives_the_winners_gain_as_its_reason_and_the_probes_reason_after_it() -> None:
+    record = with_ladder(a_record(), "top layers", folds=[0, 1])
+    text = page_of(record).text
+    assert (
+        "Why: on 2 of 5 folds top layers is +4.5 (+2.5 to +7.5) points over the probe on b+c, "
+        "and −0.045 (−0.055 to −0.035) in log-loss, where lower is better."
+    ) in text
+    assert "Among the probes: transfer helps: c is +36.0 points" in text
+    assert "score, cross-validated on 2 of 5 folds 87.1 %" in text
+    assert "top layers over the probe +4.5 points, +2.5 to +7.5 (95 %)" in text
+
+
+def test_the_verdict_is_the_probes_where_nothing_tried_is_better() -> None:
+    text = page_of(with_ladder(a_record())).text
+    assert "Reuse somenet with one head on 2 cuts, b+c: it judges 87.1 %" in text
+    assert "Beyond the probe 2 candidates were judged; none is better beyond the noise." in text
+    text = page_of(with_ladder(a_record(chosen="input"))).text
+    assert "Transfer does not help here: a head on the raw pixels, input, does as well as any part of somenet" in text
+
+
 # --- the curve ---
 
 
@@ -316,6 +453,16 @@ def test_exactly_the_recommended_point_is_marked(chosen: str) -> None:
     assert len([attrs for _, attrs in marks if "picked" in attrs["class"]]) == 1
     assert len(page.with_class("ring")) == 1
     assert re.search(rf"{re.escape(chosen)} \([^)]*\): [^:]*, recommended", page.text)
+
+
+def test_the_choice_of_the_curve_stays_marked_as_the_probe_below_a_winner() -> None:
+    page = page_of(with_ladder(a_record(chosen="b"), "top layers"))
+    assert len(page.with_class("ring")) == 1
+    assert re.search(r"b \(depth 20\): [^:]*, the probe", page.text)
+    assert "recommended" not in page.text
+    assert "b (the probe) 20" in page.text
+    assert "chosen on the other folds alone in each fold, it scores 86.4 % (81.0 to 90.0)" in page.text
+    assert "it is that of top layers, which was tried beyond the probe" in page.text
 
 
 def test_every_point_tells_its_score_and_interval_when_pointed_at() -> None:
@@ -414,6 +561,125 @@ def test_long_names_keep_both_ends() -> None:
     assert short.endswith("layer16.conv2")
 
 
+# --- the ladder ---
+
+
+def ladder_text(record: Record) -> str:
+    text = page_of(record).text
+    return text[text.index("What was tried beyond the probe") : text.index("Where the time went")]
+
+
+@pytest.mark.parametrize("ladder", [None, {"probe": {}, "attempts": [], "winner": None, "reason": ""}])
+def test_without_attempts_there_is_no_ladder(ladder: Record | None) -> None:
+    record = a_record()
+    if ladder:
+        record["ladder"] = ladder
+    assert ladder_of(record) is None
+    assert "beyond the probe" not in page_of(record).text.lower()
+
+
+def test_every_candidate_has_a_rung_in_the_order_of_the_record_above_the_raw_pixels_and_the_probe() -> None:
+    record = with_ladder(a_record(), "top layers")
+    text = ladder_text(record)
+    names = ["raw pixels", "the probe", *(f"what {a['name']} does" for a in record["ladder"]["attempts"])]
+    places = [text.index(name, text.index("how it ended")) for name in names]
+    assert places == sorted(places)
+    assert len(page_of(record).with_class("rung")) == 4
+    assert "raw pixels a head without any network score 50.0 %" in text
+    assert "the probe a head on frozen features of b+c score 87.0 % log-loss 0.550 folds all" in text
+
+
+def test_a_rung_tells_gain_score_log_loss_folds_time_and_who_answers() -> None:
+    text = ladder_text(with_ladder(a_record(), "top layers"))
+    assert (
+        "top layers what top layers does; the probe beside it has one half of the say "
+        "+4.5 (+2.5 to +7.5) points over the probe +4.5 (+2.5 to +7.5) points "
+        "score 91.5 % log-loss 0.500 −0.045 (−0.055 to −0.035) folds 5 of 5 time 31.4 s won"
+    ) in text
+    assert "does; it answers alone" in ladder_text(with_ladder(a_record(), "top layers", share=1.0))
+
+
+@pytest.mark.parametrize(
+    ("came", "said"),
+    [
+        ({}, "not better than the probe beyond the noise"),
+        ({"gain": [0.04, 0.01, 0.07]}, "better than the probe; top layers was taken instead"),
+        (
+            {"log_loss_gain": [0.04, 0.01, 0.07], "gain": [0.0, -0.1, 0.1]},
+            "better than the probe; top layers was taken",
+        ),
+        ({"status": "stopped", "reason": "behind the probe", "folds": [0, 1]}, "stopped: behind the probe"),
+        ({"status": "failed", "reason": "The loss was nan."}, "failed: The loss was nan."),
+        ({"status": "unfinished", "reason": "the time ran out", "folds": [0, 1]}, "unfinished: the time ran out"),
+        ({"status": "skipped", "reason": "no time", "folds": []}, "not tried: no time"),
+    ],
+)
+def test_a_rung_tells_why_it_ended(came: Record, said: str) -> None:
+    record = with_ladder(a_record(), "top layers")
+    record["ladder"]["attempts"][0] |= came
+    assert said in ladder_text(record)
+
+
+def test_the_ladder_is_drawn_to_one_scale_with_the_probe_at_its_zero() -> None:
+    ladder = ladder_of(with_ladder(a_record(), "top layers"))
+    assert ladder is not None
+    low, high = ladder.rungs[0].gain, ladder.rungs[1].gain
+    assert low is not None
+    assert high is not None
+    assert ladder.zero == next(place for place, text in ladder.scale if text == "0")
+    assert 0 <= low.start < low.at < low.end <= ladder.zero < high.start < high.at < high.end <= 1
+    assert (high.at - ladder.zero) / (ladder.zero - low.at) == pytest.approx(0.045 / 0.03)
+    assert ladder.rungs[1].change == pytest.approx((-0.045, -0.055, -0.035))
+
+
+def test_only_the_winner_is_marked_and_the_probe_where_there_is_none() -> None:
+    for winner, marked in (("top layers", "rung"), (None, "base")):
+        page = page_of(with_ladder(a_record(), winner))
+        assert [tag for tag, attrs in page.with_class("picked") if {"rung", "base"} & set(attrs["class"].split())] == [
+            "tr"
+        ]
+        assert len(page.with_class(marked, "picked")) == 1
+
+
+def test_a_ladder_that_could_not_judge_anything_has_no_scale_and_says_so() -> None:
+    record = with_ladder(a_record())
+    record["ladder"]["attempts"] = record["ladder"]["attempts"][2:]
+    page = page_of(record)
+    assert page.with_class("gain") == page.with_class("scale") == page.with_class("rail") == []
+    assert "No candidate was judged, so the probe stays the answer" in page.text
+
+
+def test_the_ladder_tells_what_the_pictures_give_without_transfer() -> None:
+    text = ladder_text(with_ladder(a_record()))
+    assert (
+        "a head on the raw pixels scores 50.0 %, the probe on b+c 87.0 %; a small network trained from scratch" in text
+    )
+    assert "beside the probe 84.0 %, −3.0 (−5.0 to 0.0) points over the probe on the 5 folds that it saw." in text
+    record = with_ladder(a_record())
+    record["ladder"]["attempts"][0] = an_attempt("scratch", "input", None)
+    assert "was not judged (it would take about 90 s of the 20 s left)" in ladder_text(record)
+
+
+def test_what_was_trained_before_is_said_to_be_kept() -> None:
+    assert "kept" not in ladder_text(with_ladder(a_record())).lower()
+    text = ladder_text(with_ladder(a_record(), "top layers", seconds=0.0))
+    assert "folds 5 of 5 kept won" in text
+    assert "Kept: trained before, and found in the store." in text
+
+
+def test_the_way_of_a_candidate_follows_from_what_it_trains() -> None:
+    ways = {
+        "scratch": an_attempt("", "input", None, end="small network"),
+        "all": an_attempt("", "picture", None),
+        "fresh": an_attempt("", "b", None, fresh="b"),
+        "hidden": an_attempt("", "b", None, hidden=[256], opens=["c"]),
+        "dropped": an_attempt("", "a", None, end="b"),
+        "stages": an_attempt("", "a", None, opens=["b"]),
+        "tuned": an_attempt("", "b", None),
+    }
+    assert {way: way_of(attempt, "c") for way, attempt in ways.items()} == {way: way for way in ways}
+
+
 # --- time ---
 
 
@@ -438,6 +704,22 @@ def test_passes_that_were_saved_by_the_store_are_told() -> None:
     assert "The features of the others were in the store already" in page_of(record).text
     record["forward_passes"] = 0
     assert "No picture had to be pushed through the frozen part" in page_of(record).text
+
+
+def test_trying_candidates_and_the_final_fit_are_phases_of_their_own() -> None:
+    text = page_of(with_ladder(a_record(), "top layers")).text
+    assert "head of the probe, on all pictures 0.5 s" in text
+    assert "search: trying candidates beyond the probe 60.0 s" in text
+    assert "training the winner, if there is one, on all pictures; saving the model 20.0 s" in text
+    assert "final head, saving the model 0.5 s" in page_of(a_record()).text
+
+
+def test_views_pushed_through_for_candidates_are_not_counted_for_the_curve() -> None:
+    record = with_ladder(a_record(), "top layers")
+    record["curve"]["forward_passes"], record["forward_passes"] = 39, 339
+    text = page_of(record).text
+    assert "39 pictures were pushed through the frozen part for the curve" in text
+    assert "For what was tried beyond the probe 300 views of pictures were pushed through a frozen part." in text
 
 
 # --- classes ---
@@ -579,6 +861,33 @@ def test_options_numerics_folds_licence_and_versions_are_told() -> None:
         assert fact in how
 
 
+def test_options_of_the_search_are_told_in_words() -> None:
+    record = with_ladder(a_record(), "top layers", rate_factor=0.1)
+    text = page_of(record).text
+    how = text[text.index("How it was done") :]
+    for fact in (
+        "budget 5m",
+        "augment not given",
+        "balanced no",
+        "clipping gradients by norm, at 1.0",
+        "trained part what top layers does; 9 epochs, learning rate 0.0001 at the output, 0.7 of it for each stage",
+        "its share in the answer is one half",
+        "augmentation crops, mixes of stored features",
+        "head linear, penalty 0.1, on b, c",
+    ):
+        assert fact in how
+    record["options"]["augment"] = ["crop", "light"]
+    assert "augment crop, light balanced no" in page_of(record).text
+    record["options"]["augment"] = []
+    assert "augment none balanced no" in page_of(record).text
+
+
+def test_a_winner_that_answers_alone_has_no_head_beside_it() -> None:
+    text = page_of(with_ladder(a_record(), "top layers", share=1.0)).text
+    assert "it answers alone augmentation" in text
+    assert "head none beside the trained part; the probe was linear" in text
+
+
 # --- labels and file names of any kind ---
 
 HOSTILE = [
@@ -611,6 +920,15 @@ def put_everywhere(record: Record, text: str) -> Record:
     record["curve"]["cuts"][1]["name"] = text
     record["chosen"]["cuts"] = [text]
     record["machine"]["python"] = text
+    if "ladder" in record:
+        for attempt in record["ladder"]["attempts"]:
+            attempt |= {"does": text, "reason": text, "opens": [text]}
+            attempt["augment"][text] = True
+        winner = next(a for a in record["ladder"]["attempts"] if a["name"] == record["ladder"]["winner"])
+        winner |= {"name": text, "cut": text}
+        record["ladder"] |= {"winner": text, "reason": text}
+        record["ladder"]["probe"]["name"] = text
+        record["options"] |= {"augment": [text], "clipping": [text, text]}
     return record
 
 
@@ -618,10 +936,10 @@ def put_everywhere(record: Record, text: str) -> Record:
 @pytest.mark.parametrize("classes", [3, 40])
 def test_labels_and_names_of_any_kind_stay_text(text: str, classes: int, tmp_path: Path) -> None:
     path = tmp_path / REPORT_FILE
-    write_report(path, put_everywhere(a_record(classes), text), grey)
+    write_report(path, put_everywhere(with_ladder(a_record(classes), "top layers"), text), grey)
     html = path.read_bytes().decode("utf-8")
     assert not re.search("[\x00-\x09\x0b-\x1f\x7f\u202e\ud800-\udfff]", html)
-    page, plain = Page(html), page_of(put_everywhere(a_record(classes), "harmless"))
+    page, plain = Page(html), page_of(put_everywhere(with_ladder(a_record(classes), "top layers"), "harmless"))
     assert page.open == []
     assert [tag for tag, _ in page.elements] == [tag for tag, _ in plain.elements]
     assert [set(attrs) for _, attrs in page.elements] == [set(attrs) for _, attrs in plain.elements]

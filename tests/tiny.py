@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import torch
 from PIL import Image
 from torch import nn
 
+from regraft.backbone import Backbone, load_backbone
+from regraft.data import load_data
+from regraft.features import extract
+from regraft.finetune import Ground
+from regraft.learned import task_of
+from regraft.numerics import Numerics
+from regraft.probe import Bench
+from regraft.search import run_trials
+from regraft.store import open_store
+
+NUMERICS = Numerics("cpu", "float32", 16, "test")
 CLASSES = ("ant", "bee", "cat")
 
 
@@ -40,7 +53,44 @@ class TinyNet(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
+class Poor(nn.Module):
+    """A network of three random top filters: its features tell `tiles` apart poorly, and better after a few steps.
+
+    Maps at the stem, 3 x 16 x 16, are smaller than the pictures, so they are stored.
+    """
+
+    def __init__(self, seed=0):
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.stem = nn.Sequential(nn.Conv2d(3, 3, 9, stride=2, padding=4), nn.ReLU())
+            self.block = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.ReLU())
+            self.head = nn.Linear(3, 5)
+            with torch.no_grad():
+                self.stem[0].weight.zero_()
+                self.stem[0].bias.zero_()
+                for channel in range(3):
+                    self.stem[0].weight[channel, channel, 4:6, 4:6] = 1 / 4
+                self.block[0].weight.normal_(0, 0.03)
+                self.block[0].bias.zero_()
+        self.eval()
+
+    def forward(self, x):
+        return self.head(self.block(self.stem(x)).mean((2, 3)))
+
+
 EXAMPLE = torch.zeros(2, 3, 32, 32)
+
+
+def ground_of(root: Path, network: nn.Module | Backbone, *, seed: int = 0, balanced: bool = False) -> Ground:
+    """What candidates stand on, in float32: the features of the pictures in a folder, and the probes on them."""
+    backbone = network if isinstance(network, Backbone) else load_backbone(network, example=EXAMPLE)
+    data = load_data(root)
+    table = extract(data, backbone, [cut.name for cut in backbone.shown], open_store(), NUMERICS)
+    chosen = np.arange(len(table.examples))
+    bench, task = Bench(table, chosen, False), task_of(table, chosen, len(data.labels), seed)
+    trials = run_trials(bench, task, [(cut.name, cut.depth) for cut in backbone.shown])
+    return Ground(backbone, NUMERICS, bench, task, {trial.name: trial for trial in trials}, seed, balanced)
 
 
 def stripes(kind, rng, size=(40, 48)):
@@ -49,6 +99,15 @@ def stripes(kind, rng, size=(40, 48)):
     along = (y, x, (x + y) / 1.4)[kind]
     wave = np.sign(np.sin(along * 2 * np.pi / rng.uniform(5, 14) + rng.uniform(0, 2 * np.pi)))
     grey = 127 + 90 * wave + rng.normal(0, 12, size)
+    return np.clip(np.stack([grey, 0.9 * grey, 0.8 * grey], 2), 0, 255).astype(np.uint8)
+
+
+def tiles(kind, rng, size=(32, 32)):
+    """Class 0, 1, 2: rows, columns, diagonals in noise; every tile of 8 x 8 has a phase of its own."""
+    y, x = np.mgrid[: size[0], : size[1]]
+    phase = rng.uniform(0, 2 * np.pi, 200)[(y // 8) * 10 + x // 8]
+    along = (y, x, (x + y) / 1.4)[kind]
+    grey = 127 + 60 * np.sin(along * 2 * np.pi / 4 + phase) + rng.normal(0, 40, size)
     return np.clip(np.stack([grey, 0.9 * grey, 0.8 * grey], 2), 0, 255).astype(np.uint8)
 
 

@@ -109,7 +109,7 @@ def judged(
             sums.append(both)
             sharp.append(sharpness)
             losses.append(torch.nn.functional.cross_entropy(both, labels, reduction="none"))
-    table = torch.stack(losses)
+    table = torch.stack(losses).nan_to_num(nan=torch.inf)
     logits = torch.zeros(len(labels), ground.task.classes)
     for fold in folds:
         inside = torch.from_numpy(assignment == fold)
@@ -151,7 +151,7 @@ def recalled(ground: Ground, candidate: Candidate, folds: Sequence[int]) -> Mapp
         found = read_features(ground.bench.table.store, _key(ground, candidate, fold), [str(i) for i in rows])
         if not found.missing:
             logits = found.rows[:, 1:].reshape(len(rows), -1, ground.task.classes).transpose(1, 0, 2)
-            out[fold] = (np.ascontiguousarray(logits, np.float32), float(found.rows[0, 0]))
+            out[fold] = (np.ascontiguousarray(logits, np.float32), round(float(found.rows[0, 0]), 6))
     return out
 
 

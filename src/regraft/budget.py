@@ -34,7 +34,7 @@ class Budget:
 
 def budget_from(text: str, *, spent: float = 0.0, started: float | None = None) -> Budget:
     """A budget such as `90s`, `5m`, `2h` or `20trials`. Raises RunError for other words."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(s|m|h|trials?)\s*", str(text))
+    found = re.fullmatch(r"\s*(\d{1,9}(?:\.\d{1,9})?)\s*(s|m|h|trials?)\s*", str(text))
     if not found or ("trial" in found[2] and "." in found[1]):
         raise RunError(
             f"A budget must be a time or a number of trials, such as 90s, 5m, 2h or 20trials; found {text!r}."

@@ -60,7 +60,7 @@ class Candidate:
 
     def to_json(self) -> dict[str, Any]:
         """The candidate as JSON values."""
-        return asdict(self)
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
 
 def worth_trying(n: int, places: Sequence[Place], best: str, augment: Augment) -> tuple[Candidate, ...]:

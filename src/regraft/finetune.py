@@ -26,7 +26,7 @@ from regraft.networks.small import FEATURES
 from regraft.nn import Clipping
 from regraft.numerics import Numerics
 from regraft.probe import Bench, Task, Trial, fit_head, next_start, probe_several
-from regraft.training import Checkpoints, Plan, Stage, batches_of, shuffled, train
+from regraft.training import Checkpoints, Diverged, Plan, Stage, batches_of, shuffled, train
 from regraft.tuned import PICTURE, SMALL, Grown, Plot, batch_norms, grow, run_tuned, stage_names
 
 BATCH = 32
@@ -99,7 +99,10 @@ def train_fold(
     out = []
 
     def judge(epoch: int) -> bool:
-        out.append(logits_of(module, maps, held, ground.numerics.device))
+        logits = logits_of(module, maps, held, ground.numerics.device)
+        if not np.isfinite(logits).all():
+            raise Diverged(epoch, batches_of(len(learned), BATCH) - 1)
+        out.append(logits)
         return False
 
     _train(ground, candidate, module, maps, learned, slower, halt, judge, None)
@@ -113,7 +116,7 @@ def fit_all(
     epochs: int,
     *,
     slower: float,
-    halt: Callable[[], bool],
+    halt: Callable[[], bool] = lambda: False,
     checkpoints: Callable[[nn.Module], Checkpoints],
 ) -> Grown:
     """The part trained on all pictures, up to the end of so many of its epochs, in evaluation."""
@@ -200,7 +203,7 @@ def _train(
         moving = [*batch_norms(module.body)]
         for norm in moving:
             norm.train()
-    weight = _class_weights(task) if ground.balanced else None
+    weight = _class_weights(task.labels[rows], task.classes) if ground.balanced else None
     half = trains_in_bfloat16(ground, candidate)
 
     def batches(epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -217,7 +220,7 @@ def _train(
         return F.cross_entropy(logits.float(), targets, weight=weight, label_smoothing=SMOOTHING)
 
     steps = batches_of(len(rows), BATCH)
-    train(stages, plan, batches, steps, loss, seed=seed, after=after, checkpoints=checkpoints, halt=halt)
+    train(stages, plan, batches, steps, loss, after=after, checkpoints=checkpoints, halt=halt)
 
 
 def trains_in_bfloat16(ground: Ground, candidate: Candidate) -> bool:
@@ -247,8 +250,8 @@ def _mixed(
     return x, targets
 
 
-def _class_weights(task: Task) -> torch.Tensor:
+def _class_weights(labels: np.ndarray, classes: int) -> torch.Tensor:
     """Weights that give every class the same say, of mean 1 over the pictures."""
-    counts = np.bincount(task.labels, minlength=task.classes)
-    weights = len(task.labels) / (np.maximum(counts, 1) * max(1, int((counts > 0).sum())))
+    counts = np.bincount(labels, minlength=classes)
+    weights = len(labels) / (np.maximum(counts, 1) * max(1, int((counts > 0).sum())))
     return torch.from_numpy(weights).float()

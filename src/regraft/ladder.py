@@ -25,7 +25,7 @@ from regraft.augment import Augment
 from regraft.budget import Budget
 from regraft.candidates import Candidate, Place, worth_trying
 from regraft.costs import fold_seconds, map_seconds, workers
-from regraft.errors import TrainingError
+from regraft.errors import BackboneError, TrainingError
 from regraft.finetune import Ground, plot_of, train_fold
 from regraft.graph import find_cut, shares_above
 from regraft.heads import INPUT
@@ -122,6 +122,7 @@ def climb(
             continue
         _advance(way, rung, folds[:FIRST_FOLDS], rungs, len(folds) - FIRST_FOLDS)
         checkpoint()
+        _release(way, rungs)
         if rung.ended is None and not _promising(way, rung):
             rung.ended = ("stopped", "behind the probe on the first folds, in hits and in log-loss")
     going = sorted((r for r in rungs if r.ended is None), key=lambda r: -_ahead(way, r))
@@ -131,14 +132,16 @@ def climb(
     for rung in going[:kept]:
         _advance(way, rung, folds[FIRST_FOLDS:], (), 0)
         checkpoint()
+        _release(way, rungs)
     found = tuple(_attempt(way, rung) for rung in rungs)
     if any(a.status == "failed" for a in found) and all(a.status in ("failed", "skipped") for a in found):
         first = next(a for a in found if a.status == "failed")
         raise TrainingError(f"Some candidate must train; all failed, the first so: {first.reason}")
     winner, score, reason = decide(ground, probe, stated, found)
     maps = next((r.maps for r in rungs if winner and r.candidate == winner.candidate), None)
-    again = sum(sum(maps.again) for maps in way.maps.values())
-    return Climb(found, winner, score, reason, way.forward_passes + again, maps)
+    for shared in way.maps:
+        way.forward_passes += sum(way.maps[shared].again)
+    return Climb(found, winner, score, reason, way.forward_passes, maps)
 
 
 def candidates_for(ground: Ground, augment: Augment) -> tuple[Candidate, ...]:
@@ -244,7 +247,7 @@ def _advance(way: _Way, rung: _Rung, folds: Sequence[int], others: Sequence[_Run
     way.say(f"trying {rung.candidate.name}", way.steps, way.of)
     known = recalled(way.ground, rung.candidate, folds)
     rung.outcomes |= {fold: rows for fold, (rows, _) in known.items()}
-    rung.slower = min([slower for _, slower in known.values()], default=rung.slower)
+    rung.slower = min([rung.slower, *(slower for _, slower in known.values())])
     missing = [fold for fold in folds if fold not in rung.outcomes]
     if not missing or _too_long(way, rung, missing, others, later):
         return
@@ -254,6 +257,8 @@ def _advance(way: _Way, rung: _Rung, folds: Sequence[int], others: Sequence[_Run
         rung.ended = ("failed", f"{e} It was tried again at a tenth of the rate.")
     except Halted:
         rung.ended = ("unfinished", "the time ran out while it trained")
+    except (TrainingError, BackboneError) as e:
+        rung.ended = ("failed", str(e))
     rung.seconds += time.monotonic() - started
 
 
@@ -314,6 +319,16 @@ def _train(way: _Way, rung: _Rung, folds: Sequence[int]) -> None:
                 future.cancel()
             raise
     rung.fold = (time.monotonic() - started) / -(-len(folds) // workers(ground))
+
+
+def _release(way: _Way, rungs: Sequence[_Rung]) -> None:
+    """Let go of the maps that no candidate still needs."""
+    needed = {_shared(way, rung) for rung in rungs if rung.ended is None}
+    for shared in [shared for shared in way.maps if shared not in needed]:
+        way.forward_passes += sum(way.maps.pop(shared).again)
+    for rung in rungs:
+        if rung.ended is not None:
+            rung.maps = None
 
 
 def _shared(way: _Way, rung: _Rung) -> object:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -33,7 +35,7 @@ from regraft.flips import flips_are_harmless
 from regraft.frozen import agreement
 from regraft.growth import Growth, grow_labels
 from regraft.heads import Head
-from regraft.ladder import Climb, climb, maps_of
+from regraft.ladder import SLOWER, Climb, climb, maps_of
 from regraft.leaks import find_leaks
 from regraft.learned import consistent, marks_of, refuse_unsound, task_of
 from regraft.nn import Clipping, Health
@@ -42,10 +44,10 @@ from regraft.predict import Evaluation, evaluate_model, worst
 from regraft.probe import Bench, Task, Trial, all_grey, fit_head
 from regraft.record import read_record, refuse_inside, refuse_other_options, write_record
 from regraft.report import REPORT_FILE, write_report
-from regraft.scores import bootstrap_interval, calibration_error, confusion
+from regraft.scores import Interval, bootstrap_interval, calibration_error, confusion
 from regraft.search import Choice, choose, curve_interval, run_trials
 from regraft.store import FeatureStore, open_store
-from regraft.training import Checkpoints
+from regraft.training import Checkpoints, Diverged
 from regraft.tuned import Tuned, scaled
 
 AFTER = 4.0
@@ -203,6 +205,7 @@ def fit(
     }
     record = _resume(folder, options, dataset, tested)
     if record is not None:
+        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
         saved = load_model(folder, backbone=_given(backbone), device=device)
         now = {"forward_passes": 0, "seconds": {"total": time.perf_counter() - started}}
         return Run(folder, saved, record | now)
@@ -235,7 +238,7 @@ def fit(
         )
         seconds["search"] = time.perf_counter() - at
         at = time.perf_counter()
-        model = _grown(ground, climbed, probed, folder / CHECKPOINTS, say) if climbed.winner else probed
+        model, climbed = _grown(ground, climbed, found.choice.score, probed, folder / CHECKPOINTS, say)
     facts = {"score": asdict(climbed.score), "agreement": measured, "examples": len(found.task.labels)}
     save_model(model, network, folder, facts)
     seconds["final"] = time.perf_counter() - at
@@ -391,32 +394,41 @@ def _augmentation(ground: Ground, names: Sequence[str] | None, budget: Budget) -
     return Augment(crop=True, flip=harmless, mix=True), asked
 
 
-def _grown(ground: Ground, climbed: Climb, probed: TransferModel, checkpoints: Path, say: Say) -> TransferModel:
-    """The model of the winner, trained on all pictures; its logits and the probe's are summed as they were judged."""
+def _grown(
+    ground: Ground, climbed: Climb, stated: Interval, probed: TransferModel, checkpoints: Path, say: Say
+) -> tuple[TransferModel, Climb]:
+    """The winner trained on all pictures, its logits and the probe's summed as they were judged; and the climb with it.
+
+    Where it cannot be trained on all pictures, also not at a tenth of its rate, the probe is the answer.
+    """
     winner = climbed.winner
-    assert winner is not None
+    if winner is None:
+        return probed, climbed
     maps = climbed.maps or maps_of(ground, winner.candidate, say)
+    before = 0 if climbed.maps is None else maps.forward_passes + sum(maps.again)
     say(f"training {winner.candidate.name} on all pictures", 0, 1)
-    facts = {"candidate": winner.candidate.to_json(), "epochs": winner.epochs, "slower": winner.slower}
-    facts |= {"examples": digest_json([ground.bench.table.ids[i] for i in ground.bench.chosen]), "seed": ground.seed}
+    facts = {"candidate": winner.candidate.to_json(), "epochs": winner.epochs, "seed": ground.seed}
+    facts |= {"examples": digest_json([ground.bench.table.ids[i] for i in ground.bench.chosen])}
     facts |= {"weights": ground.backbone.source.weights, "numerics": ground.numerics.to_json()}
     facts |= {"labels": digest_json(ground.task.labels.tolist())}
-    module = fit_all(
-        ground,
-        winner.candidate,
-        maps,
-        winner.epochs,
-        slower=winner.slower,
-        halt=lambda: False,
-        checkpoints=lambda state: Checkpoints(checkpoints, state, facts),
-    )
+    module = None
+    for slower in (winner.slower, winner.slower * SLOWER):
+        keep = partial(Checkpoints, checkpoints, facts={**facts, "slower": slower})
+        with contextlib.suppress(Diverged):
+            module = fit_all(ground, winner.candidate, maps, winner.epochs, slower=slower, checkpoints=keep)
+            break
+    passes = climbed.forward_passes + maps.forward_passes + sum(maps.again) - before
+    if module is None:
+        reason = f"{winner.candidate.name} was better than the probe, but diverged on all pictures"
+        return probed, replace(climbed, winner=None, score=stated, reason=reason, forward_passes=passes)
     scaled(module, winner.whole * winner.share * winner.own)
     rest = winner.whole * (1 - winner.share)
     tuned = Tuned(plot_of(ground, winner.candidate), module, winner.share)
     head = Head(probed.head.views, probed.head.weight * rest, probed.head.bias * rest)
     if winner.share == 1:
         head = Head((), torch.zeros(len(probed.labels), 0), torch.zeros(len(probed.labels)))
-    return assemble(ground.backbone, head, probed.labels, ground.numerics, tuned)
+    model = assemble(ground.backbone, head, probed.labels, ground.numerics, tuned)
+    return model, replace(climbed, forward_passes=passes)
 
 
 def _test_data(dataset: Dataset, test: Data | None, group: str | None) -> Dataset | None:

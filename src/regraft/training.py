@@ -13,6 +13,7 @@ import json
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -92,7 +93,7 @@ def train(
     steps: int,
     loss: Callable[[Batch], torch.Tensor],
     *,
-    seed: int = 0,
+    seed: int | None = None,
     after: Callable[[int], bool] = lambda epoch: False,
     checkpoints: Checkpoints | None = None,
     halt: Callable[[], bool] = lambda: False,
@@ -100,16 +101,18 @@ def train(
     """Train, and return the mean loss of every epoch.
 
     batches: the batches of an epoch, `steps` of them; loss: a scalar with gradients; after: called at the end of every
-    epoch, True stops early. With `checkpoints` the newest sound one of the same facts is gone on from.
+    epoch, True stops early. seed: of torch's own generator, set anew for every epoch, where the loss draws from it (not
+    for trainings side by side, which share it). checkpoints: the newest sound one of the same facts is gone on from.
     Raises Diverged where a loss is not finite, Halted soon after `halt` says so.
     """
     optimizer = _optimizer(stages, plan)
     losses, begun = _resumed(optimizer, checkpoints) if checkpoints else ([], 0)
+    if begun and after(begun - 1):
+        return losses
     for epoch in range(begun, plan.epochs):
         open_stages(stages, epoch)
         total = 0.0
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0]))
+        with _seeded(seed, epoch):
             for step, batch in enumerate(batches(epoch)):
                 if halt():
                     raise Halted
@@ -164,6 +167,16 @@ def batches_of(n: int, size: int) -> int:
     return whole + (rest > 1 or whole == 0)
 
 
+@contextmanager
+def _seeded(seed: int | None, epoch: int) -> Iterator[None]:
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0]))
+        yield
+
+
 def _optimizer(stages: Sequence[Stage], plan: Plan) -> torch.optim.Optimizer:
     groups = []
     for stage in stages:
@@ -212,11 +225,12 @@ def _resumed(optimizer: torch.optim.Optimizer, checkpoints: Checkpoints) -> tupl
     for path in reversed(_files(checkpoints.folder)):
         data = path.read_bytes()
         if hashlib.sha256(data).hexdigest()[:32] != path.stem.rpartition("-")[2]:
-            warnings.warn(f"The checkpoint {path} is damaged; the one before it is used.", stacklevel=2)
+            warnings.warn(f"The checkpoint {path} is damaged; the one before it is used, if any.", stacklevel=2)
             path.unlink()
             continue
         about = _metadata(data)
         if about["facts"] != digest_json(checkpoints.facts):
+            path.unlink()  # of another training: it would outlive ours
             continue
         tensors = safetensors.torch.load(data)
         own = {name.removeprefix("state."): t for name, t in tensors.items() if name.startswith("state.")}

@@ -8,6 +8,7 @@ Knows networks and tensors; nothing of data or of how it is trained.
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -31,6 +32,7 @@ SMALL = "small network"
 BATCH = 16
 """Every batch is padded to this many, so that a picture's answer does not depend on its neighbours (see `numerics`)."""
 
+_DRAWING = threading.Lock()
 Takes = Literal["map", "picture", "input"]
 
 
@@ -77,19 +79,24 @@ class Grown(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Logits float32 (n, classes) of maps float32 (n, *shape), or of pictures uint8 (n, C, H, W)."""
+        seen = self.seen(x)
+        with torch.autocast(x.device.type, enabled=False):
+            logits: torch.Tensor = self.top(seen)
+        return logits
+
+    def seen(self, x: torch.Tensor) -> torch.Tensor:
+        """What the top sees, float32 (n, dim)."""
         if self.spec is not None:
             x = normalise(x, self.spec)
         if x.dim() == 4:
             x = x.contiguous(memory_format=torch.channels_last)
         values = self.body(x)
+        if not self.cuts:
+            whole: torch.Tensor = values.float()
+            return whole
         with torch.autocast(x.device.type, enabled=False):
-            if not self.cuts:
-                seen = values.float()
-            else:
-                cells = [pooled(v, c, view.parts) for v, c, view in zip(values, self.cuts, self.views, strict=True)]
-                seen = torch.cat([view.seen(c) for view, c in zip(self.views, cells, strict=True)], 1)
-            logits: torch.Tensor = self.top(seen)
-        return logits
+            cells = [pooled(v, c, view.parts) for v, c, view in zip(values, self.cuts, self.views, strict=True)]
+            return torch.cat([view.seen(c) for view, c in zip(self.views, cells, strict=True)], 1)
 
 
 @dataclass(frozen=True)
@@ -125,7 +132,7 @@ def grow(plot: Plot, backbone: Backbone | None, *, seed: int = 0) -> Grown:
 
     backbone: None only for the small network. Raises CutError where there is no such cut.
     """
-    with torch.random.fork_rng(devices=[]):
+    with _DRAWING, torch.random.fork_rng(devices=[]):  # parts are grown side by side, and share torch's generator
         torch.manual_seed(seed)
         if plot.takes == "input":
             grown = Grown(small_network(plot.channels), _top(plot), plot.views, (), input_spec(plot.channels))
@@ -150,7 +157,8 @@ def run_tuned(module: Grown, x: torch.Tensor) -> torch.Tensor:
             rows = x[i : i + BATCH]
             full = rows.new_zeros((BATCH, *rows.shape[1:]))
             full[: len(rows)] = rows
-            out.append(module(full)[: len(rows)].float().cpu())
+            # The last bits of a row of a matrix product can depend on its place and on where it lies in memory.
+            out += [module.top(row.clone().unsqueeze(0)).float().cpu() for row in module.seen(full)[: len(rows)]]
     return torch.cat(out)
 
 
