@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+import grounds
 import tiny
 from regraft.augment import Augment
 from regraft.backbone import load_backbone
@@ -38,7 +39,7 @@ def data(tmp_path):
 
 @pytest.fixture
 def ground(data, backbone):
-    return tiny.ground_of(data, backbone)
+    return grounds.ground_of(data, backbone)
 
 
 def quiet(what, done, total):
@@ -122,7 +123,7 @@ def test_balancing_tells_only_where_classes_differ_in_size(ground, data, backbon
     assert np.array_equal(trained(ground), trained(replace(ground, balanced=True)))
     for i in range(8):
         (data / "ant" / f"{i}.png").unlink()
-    fewer = tiny.ground_of(data, backbone)
+    fewer = grounds.ground_of(data, backbone)
     plain, balanced = trained(fewer), trained(replace(fewer, balanced=True))
     held = fewer.task.folds[0] == 0
     assert not np.array_equal(plain, balanced)
@@ -162,7 +163,7 @@ def test_a_rate_that_explodes_is_named_with_its_batch(ground):
 
 @pytest.mark.parametrize("lr", [1e20, 1e25])
 def test_answers_that_are_not_finite_are_no_outcome_even_after_the_last_step(tmp_path, backbone, lr):
-    few = tiny.ground_of(tiny.write_pictures(tmp_path / "few", draw=tiny.tiles, each=8), backbone)
+    few = grounds.ground_of(tiny.write_pictures(tmp_path / "few", draw=tiny.tiles, each=8), backbone)
     only = replace(TUNE, epochs=1, lr=lr)  # 19 or 20 pictures: one batch, one step
     try:
         out = trained(few, only)
@@ -214,7 +215,7 @@ def test_checkpoints_of_another_fit_are_left_alone(tmp_path, ground):
 
 @pytest.fixture
 def deep_ground(tmp_path):
-    return tiny.ground_of(tiny.write_pictures(tmp_path / "stripes"), tiny.TinyNet())
+    return grounds.ground_of(tiny.write_pictures(tmp_path / "stripes"), tiny.TinyNet())
 
 
 @pytest.mark.parametrize("cut", ["stem", "stage1", "stage2.1.add_1", PICTURE, "input"])

@@ -9,6 +9,7 @@ import timm
 import torch
 from torch import nn
 
+import grounds
 import tiny
 from regraft.backbone import load_backbone
 from regraft.candidates import Candidate
@@ -63,7 +64,9 @@ def module():
 
 @pytest.fixture
 def ground(tmp_path, module):
-    found = tiny.ground_of(tiny.write_pictures(tmp_path / "data", each=12), load_backbone(module, example=tiny.EXAMPLE))
+    found = grounds.ground_of(
+        tiny.write_pictures(tmp_path / "data", each=12), load_backbone(module, example=tiny.EXAMPLE)
+    )
     assert {"two", "three", "four", "mean"} <= {cut.name for cut in found.backbone.shown}
     return found
 

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+import grounds
 import regraft
 import tiny
 from regraft import ladder, maps
@@ -47,7 +48,7 @@ def backbone():
 
 @pytest.fixture
 def ground(tmp_path, backbone):
-    return tiny.ground_of(tiny.write_pictures(tmp_path / "data", draw=tiny.tiles, each=EACH, seed=1), backbone)
+    return grounds.ground_of(tiny.write_pictures(tmp_path / "data", draw=tiny.tiles, each=EACH, seed=1), backbone)
 
 
 def best_of(ground):
@@ -256,7 +257,7 @@ def bare():
     scores = torch.zeros(1, N, 3)
     said = np.where(np.arange(N) % 5 < 3, task.labels, (task.labels + 1) % 3)
     scores[0, torch.arange(N), torch.from_numpy(said)] = 1.0
-    return Ground(None, tiny.NUMERICS, None, task, {}), judge("probe", 1, (), 1.0, 2.0, scores, task)
+    return Ground(None, grounds.NUMERICS, None, task, {}), judge("probe", 1, (), 1.0, 2.0, scores, task)
 
 
 GROUND, PROBE = bare()

@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+import grounds
 import tiny
 from regraft import maps as maps_module
 from regraft.augment import Augment, augmented
@@ -45,7 +46,7 @@ def listed(data):
     return examples, [read(example).id for example in examples]
 
 
-def extracted(data, backbone, *, cut=CUT, store=None, views=VIEWS, augment=DRAWN, numerics=tiny.NUMERICS, ids=None):
+def extracted(data, backbone, *, cut=CUT, store=None, views=VIEWS, augment=DRAWN, numerics=grounds.NUMERICS, ids=None):
     examples, found = listed(data)
     return extract_maps(examples, ids or found, backbone, cut, store or open_store(), numerics, views, augment)
 
@@ -53,7 +54,7 @@ def extracted(data, backbone, *, cut=CUT, store=None, views=VIEWS, augment=DRAWN
 def expected(data, backbone, view, *, cut=CUT, augment=DRAWN):
     """Maps as one by one the network itself gives them."""
     out = []
-    frozen = freeze_lower(backbone.trace, [cut], backbone.preprocess, tiny.NUMERICS)
+    frozen = freeze_lower(backbone.trace, [cut], backbone.preprocess, grounds.NUMERICS)
     for example, id_ in zip(*listed(data), strict=True):
         pixels = augmented(read(example).decode().pixels, id_, view, augment)
         value = values_at_cuts(frozen, fit_to_size(pixels, backbone.preprocess)[None])[0]
@@ -179,7 +180,7 @@ def test_other_weights_cuts_preparations_and_numerics_are_computed_anew(data, ba
 
 
 def test_each_view_has_a_key_and_only_the_first_is_shared_between_augmentations(backbone):
-    frozen = freeze_lower(backbone.trace, [CUT], backbone.preprocess, tiny.NUMERICS)
+    frozen = freeze_lower(backbone.trace, [CUT], backbone.preprocess, grounds.NUMERICS)
     one, other = (map_keys(frozen, "weights", 4, augment) for augment in (DRAWN, Augment(light=True)))
     assert len({key.digest for key in one}) == 4
     assert [a.digest == b.digest for a, b in zip(one, other, strict=True)] == [True, False, False, False]
@@ -192,7 +193,7 @@ def test_a_file_that_changed_meanwhile_is_named(data, backbone, kept):
 
     def prepared():
         if kept:
-            return extract_maps(examples, ids, backbone, CUT, open_store(), tiny.NUMERICS, VIEWS, DRAWN)
+            return extract_maps(examples, ids, backbone, CUT, open_store(), grounds.NUMERICS, VIEWS, DRAWN)
         return picture_views(examples, ids, backbone.preprocess, VIEWS, DRAWN)
 
     Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(data / "bee" / "3.png")
@@ -228,7 +229,7 @@ def test_as_many_views_are_held_as_fit():
 
 def test_a_frozen_part_that_is_run_again_gives_the_batches_that_stored_maps_give(data, backbone):
     stored = extracted(data, backbone)
-    frozen = freeze_lower(backbone.trace, [CUT], backbone.preprocess, tiny.NUMERICS)
+    frozen = freeze_lower(backbone.trace, [CUT], backbone.preprocess, grounds.NUMERICS)
     again = Maps(picture_views(*listed(data), backbone.preprocess, VIEWS, DRAWN).values, 0, frozen)
     rng = np.random.default_rng(0)
     for size in (1, 5, 16, 33):
@@ -315,7 +316,7 @@ def test_what_was_computed_before_an_interrupt_is_not_lost(data, backbone, monke
             raise KeyboardInterrupt
 
     with contextlib.suppress(KeyboardInterrupt):
-        extract_maps(examples, ids, backbone, CUT, store, tiny.NUMERICS, VIEWS, DRAWN, progress)
+        extract_maps(examples, ids, backbone, CUT, store, grounds.NUMERICS, VIEWS, DRAWN, progress)
     assert told[-1] == (30, 63)
     again = extracted(data, backbone, store=store)
     assert again.forward_passes == 33

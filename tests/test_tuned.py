@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+import grounds
 import tiny
 from regraft.backbone import load_backbone
 from regraft.candidates import Candidate
@@ -35,7 +36,7 @@ def backbone():
 
 @pytest.fixture
 def ground(tmp_path, backbone):
-    return tiny.ground_of(tiny.write_pictures(tmp_path / "data"), backbone)
+    return grounds.ground_of(tiny.write_pictures(tmp_path / "data"), backbone)
 
 
 def plot_to(end, parts, *, cut="stage1", **options):
@@ -43,7 +44,7 @@ def plot_to(end, parts, *, cut="stage1", **options):
 
 
 def maps_at(backbone, cut, pixels):
-    frozen = freeze_lower(backbone.trace, [cut], backbone.preprocess, tiny.NUMERICS)
+    frozen = freeze_lower(backbone.trace, [cut], backbone.preprocess, grounds.NUMERICS)
     return values_at_cuts(frozen, pixels)[0].float()
 
 
