@@ -86,7 +86,7 @@ def worth_trying(n: int, places: Sequence[Place], best: str, augment: Augment) -
         "input",
         "small network",
         statistics=True,
-        epochs=30 if n < MUCH else 15,
+        epochs=30 if n < ENOUGH else 15,
         lr=3e-3,
         views=8 if n < MUCH else 4,
         augment=augment,
@@ -108,7 +108,7 @@ def worth_trying(n: int, places: Sequence[Place], best: str, augment: Augment) -
     if n >= SOME and upper != top:
         does = f"layers above {upper} unfrozen from the top, one stage after another"
         opens = tuple(place.name for place in places if depth[upper] < place.depth <= depth[top])[-1:]
-        found.append(Candidate("more layers", does, upper, end, opens=opens, epochs=8, views=views, augment=augment))
+        found.append(Candidate("more layers", does, upper, end, opens=opens, epochs=6, views=views, augment=augment))
     if n >= ENOUGH:
         does = f"256 new hidden units under the output, layers above {top} fine-tuned"
         found.append(

@@ -3,8 +3,9 @@
 Successive halving over folds (Jamieson and Talwalkar 2016): every candidate is judged on the first folds; those behind
 the probe are stopped there, the better half goes on to the others (with many pictures the first folds are enough). In
 the order of their complexity a candidate takes the place of the answer so far only if it is better beyond the noise on
-the folds that both have seen; so at worst the answer is the probe. With a budget in time a candidate is tried only if
-it, what is left to do for the best one so far, and the final fit are expected to end in time.
+the folds that both have seen; so at worst the answer is the probe. With a budget in time all go on, the most promising
+first; a candidate is tried only if it, what is left to do for the best one so far, and the final fit are expected to end
+in time.
 
 Knows candidates, folds and time. What was tried is kept in the store, and not tried again.
 """
@@ -43,7 +44,7 @@ SURE = 300
 SLOWER = 0.1
 SPARE = 1.1
 """Estimates of time are taken so much higher."""
-FINAL = 1.3
+FINAL = 1.1
 """The final fit takes so many times as long as one fold: it has more pictures, and all cores for itself."""
 FIRST = ("top layers", "scratch", "more layers", "layers dropped")
 """Cheap candidates that often win come first; the others in order of complexity."""
@@ -126,9 +127,9 @@ def climb(
         if rung.ended is None and not _promising(way, rung):
             rung.ended = ("stopped", "behind the probe on the first folds, in hits and in log-loss")
     going = sorted((r for r in rungs if r.ended is None), key=lambda r: -_ahead(way, r))
-    kept = (len(going) + 1) // 2
+    kept = len(going) if budget.trials is None else (len(going) + 1) // 2
     for rung in going[kept:]:
-        rung.ended = ("stopped", "its log-loss was in the lesser half on the first folds")
+        rung.ended = ("stopped", "in the lesser half on the first folds")
     for rung in going[:kept]:
         _advance(way, rung, folds[FIRST_FOLDS:], (), 0)
         checkpoint()
@@ -232,9 +233,10 @@ def _promising(way: _Way, rung: _Rung) -> bool:
 
 
 def _ahead(way: _Way, rung: _Rung) -> float:
-    """By how many nats a candidate's log-loss is lower than the probe's on the folds that it has seen."""
-    sharper = _attempt(way, rung).sharper
-    return sharper.score if sharper else float("-inf")
+    """How far a candidate is ahead of the probe in hits and log-loss, each in units of its own noise."""
+    attempt = _attempt(way, rung)
+    gains = [gain for gain in (attempt.gain, attempt.sharper) if gain is not None]
+    return sum(gain.score / max(gain.high - gain.low, 1e-9) for gain in gains) if gains else float("-inf")
 
 
 def _advance(way: _Way, rung: _Rung, folds: Sequence[int], others: Sequence[_Rung], later: int) -> None:
