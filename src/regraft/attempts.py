@@ -17,7 +17,7 @@ import torch
 from regraft.candidates import Candidate
 from regraft.errors import StoreError
 from regraft.files import digest, digest_json
-from regraft.finetune import Ground
+from regraft.finetune import Ground, trained_on, trains_in_bfloat16
 from regraft.probe import Trial
 from regraft.scores import Interval, fit_sharpness, paired_difference
 from regraft.store import FeatureKey, read_features, write_features
@@ -38,7 +38,7 @@ class Attempt:
     nats; logits: float32 (n, classes), calibrated; all 0 where not seen. epochs, share: as for the final fit;
     own, whole: what the part's logits and the sum of both are multiplied by. gain, sharper: paired differences of hits
     and log-loss from the probe's. slower: factor on the learning rate that it took. alone: hits of the part without the
-    probe beside it, after its last epoch.
+    probe beside it, after its last epoch. trained_on: stored maps or pictures in memory; precision: of a step.
     """
 
     candidate: Candidate
@@ -58,6 +58,8 @@ class Attempt:
     slower: float = 1.0
     seconds: float = 0.0
     alone: float = 0.0
+    trained_on: str = ""
+    precision: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """The attempt as JSON values, without the pictures' own figures."""
@@ -75,6 +77,8 @@ class Attempt:
             "epochs_kept": self.epochs,
             "share": self.share,
             "rate_factor": self.slower,
+            "trained_on": self.trained_on,
+            "precision": self.precision,
             "seconds": self.seconds,
         }
 
@@ -140,6 +144,8 @@ def judged(
         slower,
         seconds,
         float((own[-1].argmax(1) == labels)[at].double().mean()),
+        trained_on(ground, candidate),
+        "bfloat16" if trains_in_bfloat16(ground, candidate) else "float32",
     )
 
 

@@ -424,6 +424,8 @@ def _print_ladder(record: dict[str, Any]) -> None:
     ladder = record["ladder"]
     for attempt in ladder["attempts"]:
         came = attempt["reason"]
+        if "every step" in attempt["trained_on"]:
+            came = f"{attempt['trained_on']}{'; ' + came if came else ''}"
         if attempt["gain"]:
             score, low, high = (f"{100 * v:+.1f}" for v in attempt["gain"])
             came = f"{score} points over the probe ({low} to {high}){', ' + came if came else ''}"

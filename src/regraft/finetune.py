@@ -21,7 +21,7 @@ from regraft.backbone import Backbone
 from regraft.candidates import Candidate
 from regraft.graph import find_cut
 from regraft.heads import INPUT, View
-from regraft.maps import Maps
+from regraft.maps import Maps, storing_pays
 from regraft.networks.small import FEATURES
 from regraft.nn import Clipping
 from regraft.numerics import Numerics
@@ -221,6 +221,15 @@ def _train(
 
     steps = batches_of(len(rows), BATCH)
     train(stages, plan, batches, steps, loss, after=after, checkpoints=checkpoints, halt=halt)
+
+
+def trained_on(ground: Ground, candidate: Candidate) -> str:
+    """What the steps of a candidate read, in words."""
+    if candidate.cut in (INPUT, PICTURE):
+        return "pictures in memory"
+    if storing_pays(find_cut(ground.backbone.trace, candidate.cut).shape, ground.backbone.preprocess):
+        return "stored maps"
+    return "pictures in memory, frozen layers run at every step: their maps would be larger than the pictures"
 
 
 def trains_in_bfloat16(ground: Ground, candidate: Candidate) -> bool:

@@ -4,8 +4,7 @@ Successive halving over folds (Jamieson and Talwalkar 2016): every candidate is 
 the probe are stopped there, the better half goes on to the others (with many pictures the first folds are enough). In
 the order of their complexity a candidate takes the place of the answer so far only if it is better beyond the noise on
 the folds that both have seen; so at worst the answer is the probe. With a budget in time all go on, the most promising
-first; a candidate is tried only if it, what is left to do for the best one so far, and the final fit are expected to end
-in time.
+first; one is tried only if it, what is left to do for the best so far, and the final fit are expected to end in time.
 
 Knows candidates, folds and time. What was tried is kept in the store, and not tried again.
 """
@@ -115,6 +114,7 @@ def climb(
     folds = list(range(int(ground.task.folds.max()) + 1))
     if FIRST_FOLDS * len(ground.task.labels) >= ENOUGH_HELD_OUT * len(folds):
         folds = folds[:FIRST_FOLDS]
+    spent = budget.left() <= reserve
     way = _Way(ground, probe, budget, reserve, say, of=2 * len(rungs))
     order = sorted(rungs, key=lambda r: FIRST.index(r.candidate.name) if r.candidate.name in FIRST else len(FIRST))
     for number, rung in enumerate(order):
@@ -139,6 +139,8 @@ def climb(
         first = next(a for a in found if a.status == "failed")
         raise TrainingError(f"Some candidate must train; all failed, the first so: {first.reason}")
     winner, score, reason = decide(ground, probe, stated, found)
+    if spent and rungs:
+        reason = "the budget was spent when the curve was done: give more to try anything beyond it"
     maps = next((r.maps for r in rungs if winner and r.candidate == winner.candidate), None)
     for shared in way.maps:
         way.forward_passes += sum(way.maps[shared].again)
