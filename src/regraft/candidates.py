@@ -38,6 +38,7 @@ class Candidate:
     """A way to train beyond the probe.
 
     cut: frozen up to here; `picture` trains all layers; `input` trains a small network from scratch.
+    epochs: 0 where nothing is trained: a probe that stands beside another.
     end: the deepest layer kept, layers above are dropped; fresh: layers above this cut begin anew; hidden: new ones.
     opens: cuts between which stages lie that open one after another from the top; empty: all from the first epoch.
     statistics: batch norms of the trained layers move on. lr: of the output layer; decay: of it for each stage further
@@ -61,6 +62,11 @@ class Candidate:
     def to_json(self) -> dict[str, Any]:
         """The candidate as JSON values."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+
+def beside_the_input(name: str, cut: str) -> Candidate:
+    """The probe called `name`, up to this cut, beside that on the raw input, where neither alone is the better."""
+    return Candidate("both probes", f"the probe on {name} beside that on the raw input", cut, cut, epochs=0, views=1)
 
 
 def worth_trying(n: int, places: Sequence[Place], best: str, augment: Augment) -> tuple[Candidate, ...]:

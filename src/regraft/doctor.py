@@ -64,8 +64,8 @@ class _Whole(nn.Module):
         small = F.interpolate(pixels.float(), (32, 32), mode="area").round().byte() if model.small else pixels
         logits = model.head.bias.repeat(len(pixels), 1)
         seen = [view.seen(pooled(*at[view.cut], view.parts)) for view in model.head.views if view.cut in at]
-        if seen:  # a head reads a network's cuts or the raw input, never both
-            logits = logits + torch.cat(seen, 1) @ model.head.weight.T
+        if seen:  # of a head that sees the raw input too, only its say on the network's cuts is followed
+            logits = logits + torch.cat(seen, 1) @ model.head.weight[:, -sum(s.shape[1] for s in seen) :].T
         if self.tuned is not None and model.tuned is not None:
             plot = model.tuned.plot
             inputs = at[plot.cut][0] if plot.takes == "map" else pixels if plot.takes == "picture" else small

@@ -225,6 +225,8 @@ def _train(
 
 def trained_on(ground: Ground, candidate: Candidate) -> str:
     """What the steps of a candidate read, in words."""
+    if candidate.epochs == 0:
+        return "stored features"
     if candidate.cut in (INPUT, PICTURE):
         return "pictures in memory"
     if storing_pays(find_cut(ground.backbone.trace, candidate.cut).shape, ground.backbone.preprocess):

@@ -23,7 +23,7 @@ from regraft.ahead import side_by_side
 from regraft.attempts import Attempt, Status, judged, recalled, remember
 from regraft.augment import Augment
 from regraft.budget import Budget
-from regraft.candidates import Candidate, Place, worth_trying
+from regraft.candidates import Candidate, Place, beside_the_input, worth_trying
 from regraft.costs import fold_seconds, map_seconds, workers
 from regraft.errors import BackboneError, TrainingError
 from regraft.finetune import Ground, plot_of, train_fold
@@ -110,13 +110,14 @@ def climb(
     beside the winner's final fit; checkpoint: called when something was tried.
     Raises TrainingError where every candidate that was tried failed.
     """
-    rungs = [_Rung(candidate) for candidate in candidates_for(ground, augment)]
+    trained = [_Rung(candidate) for candidate in candidates_for(ground, augment)]
+    rungs = [*_solved(ground, probe), *trained]
     folds = list(range(int(ground.task.folds.max()) + 1))
     if FIRST_FOLDS * len(ground.task.labels) >= ENOUGH_HELD_OUT * len(folds):
         folds = folds[:FIRST_FOLDS]
     spent = budget.left() <= reserve
-    way = _Way(ground, probe, budget, reserve, say, of=2 * len(rungs))
-    order = sorted(rungs, key=lambda r: FIRST.index(r.candidate.name) if r.candidate.name in FIRST else len(FIRST))
+    way = _Way(ground, probe, budget, reserve, say, of=2 * len(trained))
+    order = sorted(trained, key=lambda r: FIRST.index(r.candidate.name) if r.candidate.name in FIRST else len(FIRST))
     for number, rung in enumerate(order):
         if budget.trials is not None and number >= budget.trials:
             rung.ended = ("skipped", f"the budget of {budget.trials} trials was spent")
@@ -126,7 +127,7 @@ def climb(
         _release(way, rungs)
         if rung.ended is None and not _promising(way, rung):
             rung.ended = ("stopped", "behind the probe on the first folds, in hits and in log-loss")
-    going = sorted((r for r in rungs if r.ended is None), key=lambda r: -_ahead(way, r))
+    going = sorted((r for r in trained if r.ended is None), key=lambda r: -_ahead(way, r))
     kept = len(going) if budget.trials is None else (len(going) + 1) // 2
     for rung in going[kept:]:
         rung.ended = ("stopped", "in the lesser half on the first folds")
@@ -139,7 +140,7 @@ def climb(
         first = next(a for a in found if a.status == "failed")
         raise TrainingError(f"Some candidate must train; all failed, the first so: {first.reason}")
     winner, score, reason = decide(ground, probe, stated, found)
-    if spent and rungs:
+    if spent and trained:
         reason = "the budget was spent when the curve was done: give more to try anything beyond it"
     maps = next((r.maps for r in rungs if winner and r.candidate == winner.candidate), None)
     for shared in way.maps:
@@ -221,6 +222,22 @@ def maps_of(ground: Ground, candidate: Candidate, say: Say) -> Maps:
     return extract_maps(
         examples, ids, ground.backbone, candidate.cut, table.store, ground.numerics, fit, candidate.augment, tell
     )
+
+
+def network_probe(ground: Ground) -> Trial:
+    """The probe on the network with the least log-loss out of fold."""
+    return min((t for t in ground.trials.values() if t.name != INPUT), key=lambda t: t.log_loss)
+
+
+def _solved(ground: Ground, probe: Trial) -> list[_Rung]:
+    """The network's best probe beside the raw input's, where that is the answer of the curve: it costs no training."""
+    if probe.name != INPUT:
+        return []
+    network, assignment = network_probe(ground), ground.task.folds[0]
+    logits = (network.scores[0] * network.sharpness).numpy()
+    rung = _Rung(beside_the_input(network.name, network.views[-1].cut))
+    rung.outcomes = {int(fold): logits[None, assignment == fold] for fold in np.unique(assignment)}
+    return [rung]
 
 
 def _attempt(way: _Way, rung: _Rung) -> Attempt:

@@ -35,7 +35,7 @@ from regraft.flips import flips_are_harmless
 from regraft.frozen import agreement
 from regraft.growth import Growth, grow_labels
 from regraft.heads import Head
-from regraft.ladder import SLOWER, Climb, climb, maps_of
+from regraft.ladder import SLOWER, Climb, climb, maps_of, network_probe
 from regraft.leaks import find_leaks
 from regraft.learned import consistent, marks_of, refuse_unsound, task_of
 from regraft.nn import Clipping, Health
@@ -404,6 +404,8 @@ def _grown(
     winner = climbed.winner
     if winner is None:
         return probed, climbed
+    if winner.candidate.epochs == 0:
+        return _both_probes(ground, climbed, probed), climbed
     maps = climbed.maps or maps_of(ground, winner.candidate, say)
     before = 0 if climbed.maps is None else maps.forward_passes + sum(maps.again)
     say(f"training {winner.candidate.name} on all pictures", 0, 1)
@@ -429,6 +431,19 @@ def _grown(
         head = Head((), torch.zeros(len(probed.labels), 0), torch.zeros(len(probed.labels)))
     model = assemble(ground.backbone, head, probed.labels, ground.numerics, tuned)
     return model, replace(climbed, forward_passes=passes)
+
+
+def _both_probes(ground: Ground, climbed: Climb, probed: TransferModel) -> TransferModel:
+    """One head that sums the network's best probe and that on the raw input as they were judged."""
+    winner, own = climbed.winner, probed.head
+    assert winner is not None
+    network = fit_head(ground.bench, ground.task, network_probe(ground))
+    ours, theirs = winner.whole * (1 - winner.share), winner.whole * winner.share * winner.own
+    weight, bias = torch.cat([own.weight * ours, network.weight * theirs], 1), own.bias * ours + network.bias * theirs
+    head = Head((*own.views, *network.views), weight, bias)
+    if winner.share == 1:
+        head = Head(network.views, network.weight * theirs, network.bias * theirs)
+    return assemble(ground.backbone, head, probed.labels, ground.numerics)
 
 
 def _test_data(dataset: Dataset, test: Data | None, group: str | None) -> Dataset | None:

@@ -223,6 +223,7 @@ def ladder_of(record: Mapping[str, Any]) -> Ladder | None:
 def way_of(attempt: Mapping[str, Any], deepest: str) -> str:
     """How a candidate trains, in one word. deepest: the last cut of the curve."""
     ways = (
+        ("solved", not attempt["epochs"]),
         ("scratch", attempt["cut"] == INPUT),
         ("all", attempt["cut"] == "picture"),
         ("fresh", attempt["fresh"]),

@@ -1,0 +1,70 @@
+"""Where the raw input is the answer of the curve, the network's probe may stand beside it: one head on both."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import grounds
+import tiny
+from regraft.artifact import assemble, load_model, save_model
+from regraft.augment import Augment
+from regraft.budget import budget_from
+from regraft.heads import INPUT
+from regraft.ladder import climb, network_probe
+from regraft.probe import fit_head
+from regraft.recipe import _both_probes
+from regraft.scores import Interval
+
+STATED = Interval(0.5, 0.4, 0.6)
+
+
+@pytest.fixture
+def ground(tmp_path):
+    return grounds.ground_of(tiny.write_pictures(tmp_path / "data", each=30, draw=tiny.tiles), tiny.TinyNet())
+
+
+def climbed(ground, probe, budget="0trials"):
+    return climb(ground, probe, STATED, budget_from(budget), Augment())
+
+
+def test_it_is_judged_without_training_and_wins_where_the_network_is_better(ground):
+    found = climbed(ground, ground.trials[INPUT])
+    attempt = found.attempts[0]
+    assert attempt.candidate.name == "both probes"
+    assert attempt.status == "finished"
+    assert attempt.trained_on == "stored features"
+    assert attempt.folds == tuple(range(5))
+    assert found.winner is attempt
+    assert found.forward_passes == 0
+    assert attempt.hits.mean() > ground.trials[INPUT].fold_hits[0].mean()
+
+
+def test_it_is_not_there_where_the_curve_chose_the_network(ground):
+    found = climbed(ground, network_probe(ground))
+    assert "both probes" not in [attempt.candidate.name for attempt in found.attempts]
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_the_saved_head_sums_what_was_judged(ground, tmp_path, share):
+    found = climbed(ground, ground.trials[INPUT])
+    found = replace(found, winner=replace(found.winner, share=share))
+    heads = [fit_head(ground.bench, ground.task, t) for t in (ground.trials[INPUT], network_probe(ground))]
+    probed = assemble(ground.backbone, heads[0], tiny.CLASSES, ground.numerics)
+    model = _both_probes(ground, found, probed)
+    (tmp_path / "run").mkdir()
+    save_model(model, ground.backbone, tmp_path / "run", {})
+    loaded = load_model(tmp_path / "run", backbone=ground.backbone.module)
+    table = ground.bench.table
+    rows = {name: np.concatenate([*table.rows(name)()])[:3].astype(np.float32) for name in table.shapes}
+    first, second = (head.logits(rows) for head in heads)
+    won = found.winner
+    expected = torch.softmax(won.whole * ((1 - share) * first + share * won.own * second), 1)
+    answers = loaded.predict([table.examples[i].path for i in range(3)])
+    said = torch.tensor([[dict(a.ranked)[label] for label in tiny.CLASSES] for a in answers])
+    torch.testing.assert_close(said, expected, atol=2e-3, rtol=0)
+    assert loaded.cut == network_probe(ground).views[-1].cut
+    assert (INPUT in loaded.head.cuts) == (share < 1)
