@@ -27,8 +27,8 @@ def ground(tmp_path):
     return grounds.ground_of(tiny.write_pictures(tmp_path / "data", each=30, draw=tiny.tiles), tiny.TinyNet())
 
 
-def climbed(ground, probe, budget="0trials"):
-    return climb(ground, probe, STATED, budget_from(budget), Augment())
+def climbed(ground, probe, budget="1s"):
+    return climb(ground, probe, STATED, budget_from(budget, spent=9.0), Augment())
 
 
 def test_it_is_judged_without_training_and_wins_where_the_network_is_better(ground):
@@ -68,3 +68,25 @@ def test_the_saved_head_sums_what_was_judged(ground, tmp_path, share):
     torch.testing.assert_close(said, expected, atol=2e-3, rtol=0)
     assert loaded.cut == network_probe(ground).views[-1].cut
     assert (INPUT in loaded.head.cuts) == (share < 1)
+
+
+def test_a_fine_tuned_part_is_saved_beside_the_probe_and_says_the_same_when_loaded(ground, tmp_path):
+    from regraft.recipe import _grown, silent
+
+    probe = network_probe(ground)
+    found = climb(ground, probe, STATED, budget_from("3trials"), Augment(crop=True))
+    won = next(a for a in found.attempts if a.candidate.name == "top layers")
+    won = replace(won, share=0.5, epochs=max(1, won.epochs))
+    probed = assemble(ground.backbone, fit_head(ground.bench, ground.task, probe), tiny.CLASSES, ground.numerics)
+    model, _ = _grown(ground, replace(found, winner=won), STATED, probed, tmp_path / "checkpoints", silent)
+    assert model.tuned is not None
+    assert model.tuned.plot.takes == "map"
+    (tmp_path / "run").mkdir()
+    save_model(model, ground.backbone, tmp_path / "run", {})
+    loaded = load_model(tmp_path / "run", backbone=ground.backbone.module)
+    pictures = [example.path for example in ground.bench.table.examples[:20]]
+    together = [p.ranked for p in loaded.predict(pictures)]
+    assert [p.ranked for p in model.predict(pictures)] == together
+    assert [loaded.predict([picture])[0].ranked for picture in pictures] == together
+    assert loaded.cut == won.candidate.cut
+    assert together != [p.ranked for p in probed.predict(pictures)]

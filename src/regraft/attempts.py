@@ -17,7 +17,7 @@ import torch
 from regraft.candidates import Candidate
 from regraft.errors import StoreError
 from regraft.files import digest, digest_json
-from regraft.finetune import Ground, trained_on, trains_in_bfloat16
+from regraft.finetune import Ground
 from regraft.probe import Trial
 from regraft.scores import Interval, fit_sharpness, paired_difference
 from regraft.store import FeatureKey, read_features, write_features
@@ -107,7 +107,7 @@ def judged(
     settings, losses, sums, sharp = [], [], [], []
     for epoch in range(epochs):
         sharpness = fit_sharpness(own[epoch][at], labels[at])
-        for share in SHARES:
+        for share in SHARES if candidate.epochs else SHARES[:1]:  # a probe alone had its turn on the curve
             both = share * sharpness * own[epoch] + (1 - share) * base
             settings.append((epoch + 1, share))
             sums.append(both)
@@ -144,8 +144,6 @@ def judged(
         slower,
         seconds,
         float((own[-1].argmax(1) == labels)[at].double().mean()),
-        trained_on(ground, candidate),
-        "bfloat16" if trains_in_bfloat16(ground, candidate) else "float32",
     )
 
 

@@ -41,8 +41,8 @@ class Candidate:
     epochs: 0 where nothing is trained: a probe that stands beside another.
     end: the deepest layer kept, layers above are dropped; fresh: layers above this cut begin anew; hidden: new ones.
     opens: cuts between which stages lie that open one after another from the top; empty: all from the first epoch.
-    statistics: batch norms of the trained layers move on. lr: of the output layer; decay: of it for each stage further
-    down (layer-wise decay, Howard and Ruder 2018). views: of each picture.
+    statistics: batch norms of the trained layers move on. views: of each picture.
+    lr: of the highest layers; decay: of it for each stage further down (layer-wise decay, Howard and Ruder 2018).
     """
 
     name: str

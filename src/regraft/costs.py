@@ -13,16 +13,17 @@ import numpy as np
 import torch
 
 from regraft.candidates import Candidate
-from regraft.finetune import BATCH, Ground, begin, plot_of, trains_in_bfloat16
+from regraft.finetune import BATCH, STORED, Ground, begin, plot_of, trained_on, trains_in_bfloat16
 from regraft.frozen import freeze_lower, values_at_cuts
 from regraft.graph import find_cut
 from regraft.heads import INPUT
+from regraft.maps import picture_views
 from regraft.preprocess import input_spec
 from regraft.training import batches_of
 from regraft.tuned import PICTURE
 
-DECODING = 0.004
-"""Seconds to decode and prepare one view of a picture."""
+SAMPLED = 3
+"""Pictures that are prepared to see how long it takes."""
 JUDGING = 1.3
 """Steps, and the answers to the held-out pictures after every epoch, against steps alone."""
 FOLDS_AT_ONCE = 5
@@ -46,8 +47,8 @@ def fold_seconds(ground: Ground, candidate: Candidate) -> float:
 
 def map_seconds(ground: Ground, candidate: Candidate) -> float:
     """Seconds to prepare all views of all pictures, through the frozen part where there is one."""
-    each = DECODING / torch.get_num_threads()
-    if plot_of(ground, candidate).takes == "map":
+    each = _preparing(ground, candidate) / torch.get_num_threads()
+    if trained_on(ground, candidate) == STORED:
         frozen = freeze_lower(ground.backbone.trace, [candidate.cut], ground.backbone.preprocess, ground.numerics)
         shape = _shape(ground, replace(candidate, cut=PICTURE))
         pictures = torch.zeros(ground.numerics.batch, *shape, dtype=torch.uint8)
@@ -58,17 +59,37 @@ def map_seconds(ground: Ground, candidate: Candidate) -> float:
     return len(ground.task.labels) * candidate.views * each
 
 
+def _preparing(ground: Ground, candidate: Candidate) -> float:
+    """Seconds to decode and prepare one view of a picture, from a few of them."""
+    table, chosen = ground.bench.table, ground.bench.chosen[:SAMPLED]
+    small = candidate.cut == INPUT
+    spec = input_spec(plot_of(ground, candidate).channels) if small else ground.backbone.preprocess
+    examples, ids = [table.examples[i] for i in chosen], [table.ids[i] for i in chosen]
+    started = time.perf_counter()
+    picture_views(examples, ids, spec, candidate.views, candidate.augment)
+    seconds = (time.perf_counter() - started) * min(torch.get_num_threads(), len(chosen))
+    return seconds / (len(chosen) * candidate.views)
+
+
 def workers(ground: Ground) -> int:
     """How many folds are trained at once."""
     return 1 if ground.numerics.device != "cpu" else min(torch.get_num_threads(), FOLDS_AT_ONCE)
 
 
 def _step(ground: Ground, candidate: Candidate, module: torch.nn.Module, x: torch.Tensor) -> float:
+    _settle(x)
     started = time.perf_counter()
     with torch.autocast(x.device.type, torch.bfloat16, enabled=trains_in_bfloat16(ground, candidate)):
         out = module(x)
     out.float().square().mean().backward()
+    _settle(x)
     return time.perf_counter() - started
+
+
+def _settle(x: torch.Tensor) -> None:
+    """Wait for what a GPU was given to do."""
+    if x.device.type == "cuda":
+        torch.cuda.synchronize()
 
 
 def _shape(ground: Ground, candidate: Candidate) -> tuple[int, ...]:

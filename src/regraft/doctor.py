@@ -37,8 +37,8 @@ def examine(model: TransferModel, backbone: Backbone | None, dataset: Dataset, *
     """
     whole = _Whole(model, backbone).eval().requires_grad_(True)
     with watch(whole.lower if whole.lower and not model.tuned else whole, in_evaluation=True) as watched:
-        for pixels, labels in _batches(model, dataset, seed):
-            logits = whole(pixels)
+        for pixels, small, labels in _batches(model, dataset, seed):
+            logits = whole(pixels, small)
             centred = logits - logits.mean(1, keepdim=True)
             # Of unit size: a head that is sure of its own pictures would tell the layers nothing.
             F.cross_entropy(centred / centred.detach().square().mean().sqrt().clamp(min=1e-12), labels).backward()  # type: ignore[no-untyped-call]
@@ -47,7 +47,7 @@ def examine(model: TransferModel, backbone: Backbone | None, dataset: Dataset, *
 
 
 class _Whole(nn.Module):
-    """All layers of a saved model, unfolded, with gradients: pictures uint8 (n, c, h, w) to logits of the head."""
+    """All layers of a saved model, unfolded, with gradients: pictures uint8 (n, c, h, w) to logits."""
 
     def __init__(self, model: TransferModel, backbone: Backbone | None) -> None:
         super().__init__()
@@ -57,11 +57,10 @@ class _Whole(nn.Module):
         self.lower = lower_at(backbone.trace, names) if backbone and names else None
         self.tuned = copy.deepcopy(model.tuned.module).cpu() if model.tuned else None
 
-    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+    def forward(self, pixels: torch.Tensor, small: torch.Tensor) -> torch.Tensor:
         model = self.model[0]
         values = self.lower(normalise(pixels, model.preprocess)) if self.lower else ()
         at = {cut.name: (value, cut) for cut, value in zip(self.cuts, values, strict=True)}
-        small = F.interpolate(pixels.float(), (32, 32), mode="area").round().byte() if model.small else pixels
         logits = model.head.bias.repeat(len(pixels), 1)
         seen = [view.seen(pooled(*at[view.cut], view.parts)) for view in model.head.views if view.cut in at]
         if seen:  # of a head that sees the raw input too, only its say on the network's cuts is followed
@@ -73,22 +72,26 @@ class _Whole(nn.Module):
         return logits
 
 
-def _batches(model: TransferModel, dataset: Dataset, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Prepared pictures uint8 (n, c, h, w) and their labels int64 (n,), unreadable ones left out."""
+def _batches(
+    model: TransferModel, dataset: Dataset, seed: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Pictures uint8 (n, c, h, w) as the network and as a small one takes them, and labels int64 (n,)."""
     known = {name: i for i, name in enumerate(model.labels)}
     examples = [e for e in dataset.examples if dataset.labels[e.label] in known]
     random.Random(seed).shuffle(examples)
     found = 0
     for at in range(0, min(PICTURES, len(examples)), BATCH):
-        rows, labels = [], []
+        rows, reduced, labels = [], [], []
         for example in examples[at : at + BATCH]:
             try:
-                rows.append(fit_to_size(read(example).decode().pixels, model.preprocess))
+                pixels = read(example).decode().pixels
             except PictureError:
                 continue
+            rows.append(fit_to_size(pixels, model.preprocess))
+            reduced.append(fit_to_size(pixels, model.small or model.preprocess))
             labels.append(known[dataset.labels[example.label]])
         found += len(rows)
         if rows:
-            yield torch.stack(rows), torch.tensor(labels)
+            yield torch.stack(rows), torch.stack(reduced), torch.tensor(labels)
     if not found:
         raise DataError("Pictures of classes that the model knows must be there; none of them could be read.")

@@ -2,13 +2,14 @@
 
 The frozen part is not run: the part above the cut is trained on stored maps (see `maps`). The output layer begins as
 the probe solved at that depth (linear probing, then fine-tuning: Kumar et al. 2022), so at step 0 the network is a
-probe. Knows candidates, maps and labels; nothing of budgets or of which candidate is good.
+probe, but for roots, which are softened at 0. That probe's strength was chosen on all folds. Knows candidates, maps and
+labels; nothing of budgets or of which candidate is good.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
@@ -25,7 +26,7 @@ from regraft.maps import Maps, storing_pays
 from regraft.networks.small import FEATURES
 from regraft.nn import Clipping
 from regraft.numerics import Numerics
-from regraft.probe import Bench, Task, Trial, fit_head, next_start, probe_several
+from regraft.probe import Bench, Task, Trial, fit_head, narrowed, next_start, probe_several
 from regraft.training import Checkpoints, Diverged, Plan, Stage, batches_of, shuffled, train
 from regraft.tuned import PICTURE, SMALL, Grown, Plot, batch_norms, grow, run_tuned, stage_names
 
@@ -33,8 +34,9 @@ BATCH = 32
 SEVERAL = 4
 """The cuts that the output layer of a candidate reads at most."""
 TOP_RATE = 0.1
-"""The learning rate of an output layer that begins as a probe: at more it forgets what regularised it, and overfits."""
+"""Share of the learning rate for an output layer that begins as a probe: at more it forgets what regularised it."""
 SMOOTHING = 0.1
+STORED = "stored maps"
 MIX = 0.2
 NOISE = 0.1
 LOWER_OPENS = 0.3
@@ -131,10 +133,7 @@ def begin(ground: Ground, candidate: Candidate, learned: np.ndarray) -> Grown:
     plot = plot_of(ground, candidate)
     module = grow(plot, ground.backbone, seed=ground.seed)
     if begins_as_probe(candidate):
-        task, bench = ground.task, ground.bench
-        fewer = replace(bench, chosen=bench.chosen[learned], products={})
-        known = Task(task.labels[learned], task.groups[learned], task.folds[:, learned], task.classes)
-        head = fit_head(fewer, known, start_of(ground, candidate))
+        head = fit_head(*narrowed(ground.bench, ground.task, learned), start_of(ground, candidate))
         output = module.top[-1]  # type: ignore[index]
         with torch.no_grad():
             output.weight.copy_(head.weight)
@@ -203,7 +202,7 @@ def _train(
         moving = [*batch_norms(module.body)]
         for norm in moving:
             norm.train()
-    weight = _class_weights(task.labels[rows], task.classes) if ground.balanced else None
+    weight = _class_weights(task.labels[rows], task.classes).to(device) if ground.balanced else None
     half = trains_in_bfloat16(ground, candidate)
 
     def batches(epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -230,7 +229,7 @@ def trained_on(ground: Ground, candidate: Candidate) -> str:
     if candidate.cut in (INPUT, PICTURE):
         return "pictures in memory"
     if storing_pays(find_cut(ground.backbone.trace, candidate.cut).shape, ground.backbone.preprocess):
-        return "stored maps"
+        return STORED
     return "pictures in memory, frozen layers run at every step: their maps would be larger than the pictures"
 
 

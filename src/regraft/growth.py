@@ -80,6 +80,8 @@ def draw(task: Task, part: float, seed: int) -> np.ndarray:
         members = members[np.argsort(rank[task.groups[members]], kind="stable")]
         wanted = min(len(members), max(FEWEST, round(part * len(members))))
         kept[members[:wanted]] = True
+        firsts = np.unique(task.groups[members], return_index=True)[1]
+        kept[members[np.sort(firsts)[:2]]] = True  # two groups, so that each can be judged by the other
     return np.flatnonzero(np.isin(task.groups, task.groups[kept]))
 
 

@@ -94,8 +94,9 @@ class Head:
         if not self.views:
             return self.bias.repeat(len(next(iter(rows.values()))), 1)
         seen = torch.from_numpy(np.concatenate([v.of(rows[v.cut]).astype(np.float32) for v in self.views], 1))
-        # One product a row: a matrix product's order of sums, and so its last bits, can depend on how many rows it has.
-        return torch.stack([torch.mv(self.weight, x) for x in seen]) + self.bias
+        # One product a row, each at the start of its own memory: the order of sums in a product, and so its last bits,
+        # can depend on how many rows there are and on where a row lies.
+        return torch.stack([torch.mv(self.weight, x.clone()) for x in seen]) + self.bias
 
 
 def random_layer(pixels: np.ndarray, units: int) -> np.ndarray:

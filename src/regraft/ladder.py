@@ -14,10 +14,11 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
+import torch
 
 from regraft.ahead import side_by_side
 from regraft.attempts import Attempt, Status, judged, recalled, remember
@@ -25,8 +26,8 @@ from regraft.augment import Augment
 from regraft.budget import Budget
 from regraft.candidates import Candidate, Place, beside_the_input, worth_trying
 from regraft.costs import fold_seconds, map_seconds, workers
-from regraft.errors import BackboneError, TrainingError
-from regraft.finetune import Ground, plot_of, train_fold
+from regraft.errors import BackboneError, CutError, TrainingError
+from regraft.finetune import STORED, Ground, plot_of, train_fold, trained_on, trains_in_bfloat16
 from regraft.graph import find_cut, shares_above
 from regraft.heads import INPUT
 from regraft.maps import Maps, extract_maps, picture_views, views_that_fit
@@ -108,10 +109,9 @@ def climb(
 
     probe: the choice of the curve, with the score `stated` for it; reserve: seconds to leave for what comes after,
     beside the winner's final fit; checkpoint: called when something was tried.
-    Raises TrainingError where every candidate that was tried failed.
     """
     trained = [_Rung(candidate) for candidate in candidates_for(ground, augment)]
-    rungs = [*_solved(ground, probe), *trained]
+    rungs = [*(_solved(ground, probe) if trained and budget.trials != 0 else ()), *trained]
     folds = list(range(int(ground.task.folds.max()) + 1))
     if FIRST_FOLDS * len(ground.task.labels) >= ENOUGH_HELD_OUT * len(folds):
         folds = folds[:FIRST_FOLDS]
@@ -132,15 +132,12 @@ def climb(
     for rung in going[kept:]:
         rung.ended = ("stopped", "in the lesser half on the first folds")
     for rung in going[:kept]:
-        _advance(way, rung, folds[FIRST_FOLDS:], (), 0)
+        _advance(way, rung, folds[FIRST_FOLDS:], going[:kept], 0)
         checkpoint()
         _release(way, rungs)
     found = tuple(_attempt(way, rung) for rung in rungs)
-    if any(a.status == "failed" for a in found) and all(a.status in ("failed", "skipped") for a in found):
-        first = next(a for a in found if a.status == "failed")
-        raise TrainingError(f"Some candidate must train; all failed, the first so: {first.reason}")
     winner, score, reason = decide(ground, probe, stated, found)
-    if spent and trained:
+    if spent and trained and winner is None:
         reason = "the budget was spent when the curve was done: give more to try anything beyond it"
     maps = next((r.maps for r in rungs if winner and r.candidate == winner.candidate), None)
     for shared in way.maps:
@@ -166,7 +163,7 @@ def decide(
     The score is nested: the pictures of every fold are answered by the winner on the other folds.
     """
     folds, groups = ground.task.folds[0], ground.task.groups
-    judged = [a for a in attempts if a.status == "finished" or (a.status == "unfinished" and a.seen.sum() >= SURE)]
+    judged = [a for a in attempts if a.status == "finished" or (a.status == "unfinished" and _sure(a))]
     winner = _wins(probe, judged, groups, np.ones(len(folds), bool))
     if winner is None:
         tried = sum(bool(a.seen.any()) for a in attempts)
@@ -188,6 +185,11 @@ def decide(
     return winner, score, reason
 
 
+def _sure(attempt: Attempt) -> bool:
+    """Whether an unfinished attempt has seen enough; of one fold, epochs and share were chosen on what they judge."""
+    return len(attempt.folds) >= FIRST_FOLDS and int(attempt.seen.sum()) >= SURE
+
+
 def _wins(probe: Trial, attempts: Sequence[Attempt], groups: np.ndarray, where: np.ndarray) -> Attempt | None:
     """The answer after all candidates had their turn, seen only at `where`; None for the probe."""
     best: Attempt | None = None
@@ -203,17 +205,20 @@ def _wins(probe: Trial, attempts: Sequence[Attempt], groups: np.ndarray, where: 
     return best
 
 
-def maps_of(ground: Ground, candidate: Candidate, say: Say) -> Maps:
-    """The views that a candidate is trained on, as many as fit into memory. Raises TrainingError where none do."""
+def maps_of(ground: Ground, candidate: Candidate, say: Say, held: int = 0) -> Maps:
+    """The views that a candidate is trained on, as many as fit into memory. Raises TrainingError where none do.
+
+    held: bytes of other candidates' maps that are held as well.
+    """
     table, chosen = ground.bench.table, ground.bench.chosen
     examples, ids = [table.examples[i] for i in chosen], [table.ids[i] for i in chosen]
     plot, spec, views = plot_of(ground, candidate), ground.backbone.preprocess, candidate.views
     if plot.takes == "input":
         spec = input_spec(plot.channels)
-    if plot.takes != "map":
-        fit = views_that_fit(len(ids), (spec.channels, *spec.size), 1, views)
+    if trained_on(ground, candidate) == STORED:
+        fit = views_that_fit(len(ids), find_cut(ground.backbone.trace, candidate.cut).shape, 2, views, held)
     else:
-        fit = views_that_fit(len(ids), find_cut(ground.backbone.trace, candidate.cut).shape, 2, views)
+        fit = views_that_fit(len(ids), (spec.channels, *spec.size), 1, views, held)
     if fit == 0:
         raise TrainingError(f"What {candidate.name} trains on must fit into memory; {len(ids)} pictures do not.")
     if plot.takes != "map":
@@ -224,9 +229,10 @@ def maps_of(ground: Ground, candidate: Candidate, say: Say) -> Maps:
     )
 
 
-def network_probe(ground: Ground) -> Trial:
-    """The probe on the network with the least log-loss out of fold."""
-    return min((t for t in ground.trials.values() if t.name != INPUT), key=lambda t: t.log_loss)
+def network_probe(ground: Ground, where: np.ndarray | None = None) -> Trial:
+    """The probe on the network with the least log-loss out of fold. where: bool (n,), the pictures that are asked."""
+    seen = np.ones(len(ground.task.labels), bool) if where is None else where
+    return min((t for t in ground.trials.values() if t.name != INPUT), key=lambda t: float(t.losses[0][seen].mean()))
 
 
 def _solved(ground: Ground, probe: Trial) -> list[_Rung]:
@@ -234,15 +240,20 @@ def _solved(ground: Ground, probe: Trial) -> list[_Rung]:
     if probe.name != INPUT:
         return []
     network, assignment = network_probe(ground), ground.task.folds[0]
-    logits = (network.scores[0] * network.sharpness).numpy()
     rung = _Rung(beside_the_input(network.name, network.views[-1].cut))
-    rung.outcomes = {int(fold): logits[None, assignment == fold] for fold in np.unique(assignment)}
+    for fold in np.unique(assignment):
+        held = assignment == fold
+        trial = network_probe(ground, ~held)  # chosen without the fold that it answers
+        rung.outcomes[int(fold)] = (trial.scores[0] * trial.sharpness).numpy()[None, held]
     return [rung]
 
 
 def _attempt(way: _Way, rung: _Rung) -> Attempt:
     ended = rung.ended or ("finished", "")
-    return judged(way.ground, way.probe, rung.candidate, rung.outcomes, ended, rung.slower, rung.seconds)
+    ground, candidate = way.ground, rung.candidate
+    attempt = judged(ground, way.probe, candidate, rung.outcomes, ended, rung.slower, rung.seconds)
+    precision = "bfloat16" if trains_in_bfloat16(ground, candidate) else "float32"
+    return replace(attempt, trained_on=trained_on(ground, candidate), precision=precision)
 
 
 def _promising(way: _Way, rung: _Rung) -> bool:
@@ -270,15 +281,17 @@ def _advance(way: _Way, rung: _Rung, folds: Sequence[int], others: Sequence[_Run
     rung.outcomes |= {fold: rows for fold, (rows, _) in known.items()}
     rung.slower = min([rung.slower, *(slower for _, slower in known.values())])
     missing = [fold for fold in folds if fold not in rung.outcomes]
-    if not missing or _too_long(way, rung, missing, others, later):
+    if not missing:
         return
     try:
+        if _too_long(way, rung, missing, others, later):
+            return
         _train(way, rung, missing)
     except Diverged as e:
         rung.ended = ("failed", f"{e} It was tried again at a tenth of the rate.")
     except Halted:
         rung.ended = ("unfinished", "the time ran out while it trained")
-    except (TrainingError, BackboneError) as e:
+    except (TrainingError, BackboneError, CutError, torch.OutOfMemoryError) as e:
         rung.ended = ("failed", str(e))
     rung.seconds += time.monotonic() - started
 
@@ -288,11 +301,16 @@ def _too_long(way: _Way, rung: _Rung, folds: Sequence[int], others: Sequence[_Ru
     left = way.budget.left() - way.reserve
     if left == float("inf"):
         return False
+    ended: Status = "unfinished" if rung.outcomes else "skipped"
+    if left <= 0:
+        rung.ended = (ended, "no time was left")
+        return True
     side = workers(way.ground)
-    if not rung.fold:
-        rung.fold = fold_seconds(way.ground, rung.candidate)
-    maps = 0.0 if rung.maps or _shared(way, rung) in way.maps else map_seconds(way.ground, rung.candidate)
     best = max((r for r in others if r.outcomes and r.ended is None), key=lambda r: _ahead(way, r), default=None)
+    for known in (rung, best):  # what was recalled has not been timed
+        if known is not None and not known.fold:
+            known.fold = fold_seconds(way.ground, known.candidate)
+    maps = 0.0 if rung.maps or _shared(way, rung) in way.maps else map_seconds(way.ground, rung.candidate)
     rest = -(-later // side) * best.fold if best else 0.0
     final = FINAL * max(rung.fold, best.fold if best else 0.0)
     needed = SPARE * (maps + -(-len(folds) // side) * rung.fold + rest + final)
@@ -300,7 +318,7 @@ def _too_long(way: _Way, rung: _Rung, folds: Sequence[int], others: Sequence[_Ru
         return False
     words = "its other folds and the final fit" if rung.outcomes else "it and what must follow"
     rung.ended = (
-        "unfinished" if rung.outcomes else "skipped",
+        ended,
         f"{words} would take about {needed:.0f} s of the {max(0.0, left):.0f} s left",
     )
     return True
@@ -312,12 +330,13 @@ def _train(way: _Way, rung: _Rung, folds: Sequence[int]) -> None:
     if rung.maps is None:
         shared = _shared(way, rung)
         if shared not in way.maps:
-            way.maps[shared] = maps_of(ground, candidate, way.say)
+            held = sum(maps.values.nbytes for maps in way.maps.values())
+            way.maps[shared] = maps_of(ground, candidate, way.say, held)
             way.forward_passes += way.maps[shared].forward_passes
         rung.maps = way.maps[shared]
     maps = rung.maps
     halted = threading.Event()
-    end = time.monotonic() + way.budget.left() - way.reserve
+    end = time.monotonic() + way.budget.left() - way.reserve - FINAL * rung.fold
 
     def one(fold: int) -> tuple[np.ndarray, float]:
         halt = lambda: halted.is_set() or time.monotonic() > end  # noqa: E731

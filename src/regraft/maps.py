@@ -29,7 +29,7 @@ from regraft.store import FeatureKey, FeatureStore, extraction_lock, read_featur
 
 WRITTEN_AT_ONCE = 512
 LARGEST = 6_000_000_000
-"""Bytes of maps or pictures that are held in memory at most."""
+"""Bytes of maps and pictures that are held in memory at most, of all candidates."""
 
 
 @dataclass(frozen=True)
@@ -69,9 +69,9 @@ def storing_pays(shape: Sequence[int], spec: PreprocessSpec) -> bool:
     return 2 * int(np.prod(shape)) <= spec.channels * spec.size[0] * spec.size[1]
 
 
-def views_that_fit(n: int, shape: Sequence[int], bytes_each: int, wanted: int) -> int:
-    """How many views of n pictures are held, at most `wanted`; 0 where not even one fits."""
-    return min(wanted, LARGEST // max(1, n * bytes_each * int(np.prod(shape))))
+def views_that_fit(n: int, shape: Sequence[int], bytes_each: int, wanted: int, held: int = 0) -> int:
+    """How many views of n pictures fit beside the bytes that are held, at most `wanted`; 0 where not even one does."""
+    return min(wanted, max(0, LARGEST - held) // max(1, n * bytes_each * int(np.prod(shape))))
 
 
 def picture_views(

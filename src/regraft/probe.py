@@ -172,6 +172,12 @@ def judge(
     return Trial(name, depth, views, strength, sharpness, hits, losses.numpy(), scores)
 
 
+def narrowed(bench: Bench, task: Task, rows: np.ndarray) -> tuple[Bench, Task]:
+    """The same with only these examples, int64 (m,)."""
+    fewer = replace(bench, chosen=bench.chosen[rows], products={})
+    return fewer, Task(task.labels[rows], task.groups[rows], task.folds[:, rows], task.classes)
+
+
 def fit_head(bench: Bench, task: Task, trial: Trial) -> Head:
     """The head of a trial on all its examples, calibrated by the sharpness found out of fold."""
     rows = bench.rows(trial.views)

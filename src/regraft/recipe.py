@@ -185,6 +185,7 @@ def fit(
     """
     started, begun = time.perf_counter(), time.monotonic()
     budget_from(budget)
+    augment_from(augment or ())
     dataset = load_data(data, group=group, allow_empty_class=allow_empty_class)
     tested = _test_data(dataset, test, group)
     folder = Path(out)
@@ -230,6 +231,7 @@ def fit(
     def keep() -> None:
         write_record(folder, {"status": "running", "options": options, "spent": spent.elapsed()})
 
+    keep()
     reserve = _seconds_after(probed, len(tested.examples) if tested else 0)
     drawn, asked = _augmentation(ground, augment, spent)
     with memory_kept():
@@ -415,7 +417,7 @@ def _grown(
     facts |= {"labels": digest_json(ground.task.labels.tolist())}
     module = None
     for slower in (winner.slower, winner.slower * SLOWER):
-        keep = partial(Checkpoints, checkpoints, facts={**facts, "slower": slower})
+        keep = partial(Checkpoints, checkpoints / f"rate-{slower:g}", facts={**facts, "slower": slower})
         with contextlib.suppress(Diverged):
             module = fit_all(ground, winner.candidate, maps, winner.epochs, slower=slower, checkpoints=keep)
             break

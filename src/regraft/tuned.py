@@ -202,10 +202,14 @@ def _top(plot: Plot) -> nn.Module:
 
 
 def _begin_anew(body: nn.Module, fresh: nn.Module) -> None:
-    """Give the layers of `body` that `fresh` names weights as before any training."""
+    """Give the layers of `body` that `fresh` names weights as before any training.
+
+    Parameters of a network's own code, such as scales and position biases, have no start of their own and stay.
+    """
+    for layer in fresh.modules():
+        reset = getattr(layer, "reset_parameters", getattr(layer, "_reset_parameters", None))
+        if callable(reset):
+            reset()
     initialize_(fresh)
-    for norm in batch_norms(fresh):
-        norm.reset_running_stats()  # type: ignore[operator]
-        norm.reset_parameters()  # type: ignore[operator]
     own = body.state_dict()
     body.load_state_dict({**own, **{name: t for name, t in fresh.state_dict().items() if name in own}})

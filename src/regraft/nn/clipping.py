@@ -19,9 +19,9 @@ class Clipping:
     limit: float
 
     def __post_init__(self) -> None:
-        if self.by not in ("value", "norm") or not self.limit > 0:
+        if self.by not in ("value", "norm") or not 0 < self.limit < float("inf"):
             raise ValueError(
-                f"Gradients are clipped by value or norm at a limit above 0; found {self.by}, {self.limit}."
+                f"Gradients are clipped by value or norm at a finite limit above 0; found {self.by}, {self.limit}."
             )
 
 
