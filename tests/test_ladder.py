@@ -513,6 +513,7 @@ def test_checkpoints_that_a_kill_left_in_a_finished_run_are_removed(won):
     assert not left.parent.exists()
 
 
+@pytest.mark.slow
 def test_a_new_store_comes_to_the_same_model(won, tmp_path):
     run, data, _ = won
     anew = fit(data, tmp_path / "anew", store=open_store(tmp_path / "new"))
@@ -558,12 +559,15 @@ def test_three_trials_are_tried_in_order_and_the_whole_repeats(tmp_path):
 # ---- kills -------------------------------------------------------------------------------------------------------
 
 
-def command_kill(place, kills, seed):
+def command_kill(place, kills, seed, budget):
     """Kill fits at random moments, the same run again each time, to its end; prints what came of it as JSON."""
     rng, data = random.Random(seed), place / "data"
     for name in ("cold", "whole"):
         begun = time.perf_counter()
-        whole = fit(data, place / name, store=open_store(place / "stores" / name)).folder / "model.safetensors"
+        whole = (
+            fit(data, place / name, store=open_store(place / "stores" / name), budget=budget).folder
+            / "model.safetensors"
+        )
         longest = time.perf_counter() - begun
     counts = {"kills": 0, "finished": 0, "other": 0, "left": 0, "checkpoints": 0}
     run = 0
@@ -571,30 +575,30 @@ def command_kill(place, kills, seed):
         out, store = place / f"run{run}", place / "stores" / f"{run}"
         child = os.fork()
         if child == 0:
-            fit(data, out, store=open_store(store))
+            fit(data, out, store=open_store(store), budget=budget)
             os._exit(0)
         end = time.perf_counter() + rng.uniform(0.05, 0.95) * longest
         in_the_final_fit = rng.random() < 0.4
         while time.perf_counter() < end + in_the_final_fit * longest:
-            if in_the_final_fit and list(out.glob("checkpoints/epoch-*")):
+            if in_the_final_fit and list(out.glob("checkpoints/*/epoch-*")):
                 break
             time.sleep(0.001)
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         counts["kills" if os.WIFSIGNALED(status) else "finished"] += 1
-        counts["checkpoints"] += bool(list(out.glob("checkpoints/epoch-*")))
+        counts["checkpoints"] += bool(list(out.glob("checkpoints/*/epoch-*")))
         if not os.WIFSIGNALED(status) or rng.random() < 0.4 or counts["kills"] == kills:
-            done = fit(data, out, store=open_store(store))
+            done = fit(data, out, store=open_store(store), budget=budget)
             counts["other"] += (done.folder / "model.safetensors").read_bytes() != whole.read_bytes()
             counts["left"] += (done.folder / "checkpoints").exists()
             run += 1
     print(json.dumps(counts))
 
 
-def killed(tmp_path, kills, seed):
+def killed(tmp_path, kills, seed, budget):
     hard(tmp_path / "data")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, __file__, str(tmp_path), str(kills), str(seed)]
+    command = [sys.executable, __file__, str(tmp_path), str(kills), str(seed), budget]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr
     counts = json.loads(done.stdout)
@@ -603,17 +607,17 @@ def killed(tmp_path, kills, seed):
 
 
 def test_a_run_killed_3_times_ends_with_the_same_model(tmp_path):
-    counts = killed(tmp_path, 3, 2)
+    counts = killed(tmp_path, 3, 2, "1trials")
     assert (counts["other"], counts["left"]) == (0, 0)
 
 
 @pytest.mark.slow
 def test_a_run_killed_20_times_ends_with_the_same_model(tmp_path):
-    counts = killed(tmp_path, 20, 1)
+    counts = killed(tmp_path, 20, 1, "2trials")
     assert counts["checkpoints"] > 0  # some were hit in the final fit
     assert (counts["other"], counts["left"]) == (0, 0)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    command_kill(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    command_kill(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])

@@ -138,6 +138,7 @@ def an_attempt(name: str, cut: str, gain: float | None, **facts: Any) -> Record:
         "fresh": "",
         "hidden": [],
         "opens": [],
+        "epochs": 10,
         "lr": 0.001,
         "decay": 0.7,
         "rate_factor": 1.0,
@@ -676,8 +677,19 @@ def test_the_way_of_a_candidate_follows_from_what_it_trains() -> None:
         "dropped": an_attempt("", "a", None, end="b"),
         "stages": an_attempt("", "a", None, opens=["b"]),
         "tuned": an_attempt("", "b", None),
+        "solved": an_attempt("", "c", None, epochs=0),
     }
     assert {way: way_of(attempt, "c") for way, attempt in ways.items()} == {way: way for way in ways}
+
+
+def test_two_probes_side_by_side_are_said_to_be_so() -> None:
+    record = with_ladder(a_record())
+    both = an_attempt("both probes", "c", 0.02, epochs=0, share=0.5)
+    record["ladder"] |= {"attempts": [both], "winner": "both probes", "reason": "both probes: so"}
+    record["chosen"]["name"] = "both probes"
+    page = words(render(record, lambda where: None))
+    assert "with a head on the raw pixels beside it; alone, neither is better than the other beyond the noise" in page
+    assert "learning rate" not in page
 
 
 # --- time ---
@@ -870,7 +882,7 @@ def test_options_of_the_search_are_told_in_words() -> None:
         "augment not given",
         "balanced no",
         "clipping gradients by norm, at 1.0",
-        "trained part what top layers does; 9 epochs, learning rate 0.0001 at the output, 0.7 of it for each stage",
+        "trained part what top layers does; 9 epochs, learning rate 0.0001 of the highest layers, 0.7 of it for each",
         "its share in the answer is one half",
         "augmentation crops, mixes of stored features",
         "head linear, penalty 0.1, on b, c",
