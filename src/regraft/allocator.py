@@ -1,7 +1,7 @@
 """Keep freed memory while training: glibc's allocator asks the system for every large tensor, and gives it back.
 
-With its defaults the activations of every step are mapped and unmapped anew, page by page: half of the time of a step
-in float32 on two cores. Elsewhere than on glibc nothing is done.
+With its defaults the activations of every step are mapped and unmapped anew, page by page. Keeping them made steps
+1.0 to 1.35 times as fast on one thread of two AVX512 cores. Elsewhere than on glibc nothing is done.
 """
 
 from __future__ import annotations
