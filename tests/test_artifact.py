@@ -20,7 +20,7 @@ import regraft
 import tiny
 from conftest import SOURCES
 from regraft import files
-from regraft.artifact import MANIFEST_FILE, WEIGHTS_FILE, assemble, load_model, save_model
+from regraft.artifact import MODEL, assemble, load_model, save_model
 from regraft.backbone import load_backbone
 from regraft.errors import ArtifactError, BackboneError, PictureError
 from regraft.features import INPUT_SPEC
@@ -59,14 +59,14 @@ def rows(model, items):
 
 def test_a_run_holds_these_files_and_no_pickle(run):
     folder = run[0].folder
-    assert sorted(p.name for p in folder.iterdir()) == [MANIFEST_FILE, WEIGHTS_FILE, "record.json", "report.html"]
-    manifest = json.loads((folder / MANIFEST_FILE).read_bytes())
+    assert sorted(p.name for p in folder.iterdir()) == [MODEL.manifest, MODEL.weights, "record.json", "report.html"]
+    manifest = json.loads((folder / MODEL.manifest).read_bytes())
     assert {"labels", "preprocess", "backbone", "cut", "head", "licence", "numerics", "weights", "digest"} <= set(
         manifest
     )
     assert manifest["labels"] == list(tiny.CLASSES)
     assert manifest["numerics"]["kernels"].startswith("torch")
-    assert b"pickle" not in (folder / WEIGHTS_FILE).read_bytes()[:4096]
+    assert b"pickle" not in (folder / MODEL.weights).read_bytes()[:4096]
 
 
 def test_the_network_of_the_user_is_left_as_it_was(tmp_path, tiny_images):
@@ -218,9 +218,9 @@ def test_a_grey_model_takes_the_grey_of_colour_pictures(tmp_path):
 def test_every_flipped_bit_is_found(run, tmp_path):
     folder = shutil.copytree(run[0].folder, tmp_path / "run")
     rng = np.random.default_rng(0)
-    contents = {name: (folder / name).read_bytes() for name in (MANIFEST_FILE, WEIGHTS_FILE)}
+    contents = {name: (folder / name).read_bytes() for name in (MODEL.manifest, MODEL.weights)}
     for i in range(FLIPS):
-        name = (MANIFEST_FILE, WEIGHTS_FILE)[i % 2]
+        name = (MODEL.manifest, MODEL.weights)[i % 2]
         place, flip = int(rng.integers(len(contents[name]))), 1 << int(rng.integers(8))
         with (folder / name).open("r+b") as f:
             f.seek(place)
@@ -233,7 +233,7 @@ def test_every_flipped_bit_is_found(run, tmp_path):
     assert load_model(folder, backbone=run[2]).labels == tiny.CLASSES
 
 
-@pytest.mark.parametrize("name", [MANIFEST_FILE, WEIGHTS_FILE])
+@pytest.mark.parametrize("name", [MODEL.manifest, MODEL.weights])
 def test_a_file_cut_short_or_gone_is_named(run, tmp_path, name):
     folder = shutil.copytree(run[0].folder, tmp_path / "run")
     data = (folder / name).read_bytes()
@@ -248,12 +248,12 @@ def test_a_file_cut_short_or_gone_is_named(run, tmp_path, name):
 
 def test_a_manifest_that_is_other_json_is_refused(tmp_path):
     for text in (b"[]", b"{}", b'{"digest": 1}', b"[" * 100_000, b"\xff", b"null"):
-        (tmp_path / MANIFEST_FILE).write_bytes(text)
+        (tmp_path / MODEL.manifest).write_bytes(text)
         with pytest.raises(ArtifactError, match="must be as it was written"):
             load_model(tmp_path)
 
 
-@pytest.mark.parametrize("name", [MANIFEST_FILE, WEIGHTS_FILE])
+@pytest.mark.parametrize("name", [MODEL.manifest, MODEL.weights])
 def test_a_file_of_another_model_is_refused(run, plain_run, tmp_path, name):
     folder = shutil.copytree(run[0].folder, tmp_path / "run")
     shutil.copy(plain_run[0].folder / name, folder / name)
@@ -271,7 +271,7 @@ def test_a_save_that_is_killed_leaves_no_model_rather_than_a_mixed_one(run, plai
         """Stands for the end of the process."""
 
     def killed_at_the_manifest(source, target):
-        if Path(target).name == MANIFEST_FILE:
+        if Path(target).name == MODEL.manifest:
             raise Killed
         replaced(source, target)
 
@@ -300,7 +300,7 @@ def test_models_of_equal_parts_are_equal_files(run, tmp_path):
     backbone = regraft.load_backbone(module, example=tiny.EXAMPLE)
     for name in ("one", "two"):
         save_model(replace(fitted.model), backbone, tmp_path / name, {"seed": 1})
-    for name in (MANIFEST_FILE, WEIGHTS_FILE):
+    for name in (MODEL.manifest, MODEL.weights):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 

@@ -9,8 +9,6 @@ Every byte of both is covered by a digest. Knows nothing of how the head was fou
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,30 +19,26 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import safetensors
-import safetensors.torch
 import torch
 from PIL import Image
 from torch import nn
 
-from regraft.__version__ import __version__
 from regraft.ahead import in_order
 from regraft.architecture import is_user_function
 from regraft.backbone import CUSTOM, Backbone, Source, load_backbone, rebuild
 from regraft.cut import lower_at
 from regraft.data import Example, Raw, open_picture, pixel_digest, read
 from regraft.errors import ArtifactError, PictureError
-from regraft.files import digest_json, write_atomic
 from regraft.frozen import FrozenLower, as_grid, as_map, freeze_lower, values_at_cuts
 from regraft.graph import find_cut
 from regraft.heads import INPUT, Head, View
 from regraft.numerics import Numerics, pick_numerics
 from regraft.operations import operations_from_json
 from regraft.preprocess import PreprocessSpec, fit_to_size, input_spec, spec_from_json
+from regraft.sealed import Kind, read_manifest, read_tensors, write_sealed
 from regraft.tuned import PICTURE, Plot, Tuned, grow, plot_from_json, run_tuned
 
-FORMAT = 1
-WEIGHTS_FILE = "model.safetensors"
-MANIFEST_FILE = "model.json"
+MODEL = Kind("model", 1, "model.json", "model.safetensors", "regraft fit", "fit")
 DECODERS = 2
 
 
@@ -214,12 +208,7 @@ def save_model(model: TransferModel, backbone: Backbone, folder: Path, facts: di
         tensors |= {f"lower.{name}": tensor for name, tensor in lower.state_dict().items()}
     if model.tuned is not None:
         tensors |= {f"tuned.{name}": tensor for name, tensor in model.tuned.module.state_dict().items()}
-    data = safetensors.torch.save({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()})
-    (folder / MANIFEST_FILE).unlink(missing_ok=True)
-    write_atomic(folder / WEIGHTS_FILE, [data])
     manifest = {
-        "format": FORMAT,
-        "regraft": __version__,
         "labels": list(model.labels),
         "cut": model.cut,
         "head": {"cuts": list(model.head.cuts), "views": [view.to_json() for view in model.head.views]},
@@ -232,9 +221,8 @@ def save_model(model: TransferModel, backbone: Backbone, folder: Path, facts: di
         "licence": model.source.licence if model.source else None,
         "numerics": model.numerics.to_json(),
         "facts": facts,
-        "weights": {"file": WEIGHTS_FILE, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()},
     }
-    write_atomic(folder / MANIFEST_FILE, [_render(manifest)])
+    write_sealed(folder, MODEL, tensors, manifest)
 
 
 def load_model(
@@ -253,10 +241,9 @@ def load_with_network(
 ) -> tuple[TransferModel, Backbone | None]:
     """As `load_model`, with the network whose lower layers it reuses, before folding; None for none."""
     place = Path(folder)
-    manifest = read_manifest(place)
+    manifest = read_manifest(place, MODEL)
     try:
-        data = _read_weights(place, manifest["weights"])
-        tensors = safetensors.torch.load(data)
+        tensors = read_tensors(place, MODEL, manifest)
         numerics = pick_numerics(device, manifest["numerics"]["precision"])
         views = tuple(View(**view) for view in manifest["head"]["views"])
         head = Head(views, tensors.pop("head.weight"), tensors.pop("head.bias"))
@@ -275,7 +262,9 @@ def load_with_network(
         operations = operations_from_json(told) if told else None
         config = manifest.get("config")
     except (KeyError, TypeError, safetensors.SafetensorError) as e:
-        raise ArtifactError(f"{place / MANIFEST_FILE} must describe a regraft model of format {FORMAT}: {e!r}.") from e
+        raise ArtifactError(
+            f"{place / MODEL.manifest} must describe a regraft model of format {MODEL.format}: {e!r}."
+        ) from e
     tensors = {name.removeprefix("lower."): tensor for name, tensor in tensors.items()}
     if operations or config:
         network = rebuild(source, spec, operations=operations, config=config, tensors=tensors)
@@ -307,7 +296,8 @@ def _filled(
         module.load_state_dict(tensors)
     except RuntimeError as e:
         raise ArtifactError(
-            f"{place / WEIGHTS_FILE} must hold the layers that were trained above {plot.cut}; it does not: fit it anew."
+            f"{place / MODEL.weights} must hold the layers that were trained above {plot.cut}; it does not: fit it "
+            "anew."
         ) from e
     return Tuned(plot, module.requires_grad_(False).to(numerics.device), share)
 
@@ -334,48 +324,6 @@ def _refuse_disagreement(place: Path, head: Head, labels: Sequence[str], *, alon
         )
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """model.json, checked byte for byte against its own digest."""
-    path = folder / MANIFEST_FILE
-    try:
-        data = path.read_bytes()
-    except OSError as e:
-        raise ArtifactError(
-            f"{folder} must hold a finished model, and its {MANIFEST_FILE} cannot be read ({e.strerror}): run "
-            "`regraft fit` to the end first."
-        ) from e
-    try:
-        manifest: dict[str, Any] = json.loads(data)
-        whole = _render({k: v for k, v in manifest.items() if k != "digest"}) == data
-    except (ValueError, AttributeError, RecursionError):
-        whole = False
-    if not whole:
-        raise ArtifactError(f"{path} must be as it was written; it was changed or damaged: restore it, or fit anew.")
-    if manifest.get("format") != FORMAT:
-        raise ArtifactError(
-            f"{path} must have format {FORMAT}; found {manifest.get('format')}: use the regraft that wrote it."
-        )
-    return manifest
-
-
-def _render(manifest: dict[str, Any]) -> bytes:
-    return json.dumps({**manifest, "digest": digest_json(manifest)}, indent=1, allow_nan=False).encode("ascii") + b"\n"
-
-
-def _read_weights(folder: Path, stated: dict[str, Any]) -> bytes:
-    path = folder / WEIGHTS_FILE
-    try:
-        data = path.read_bytes()
-    except OSError as e:
-        raise ArtifactError(f"{path} must be there beside {MANIFEST_FILE}: {e.strerror}.") from e
-    if len(data) != stated["bytes"] or hashlib.sha256(data).hexdigest() != stated["sha256"]:
-        raise ArtifactError(
-            f"{path} must be the file that {MANIFEST_FILE} was written for; its digest differs: it was damaged or "
-            "belongs to another model."
-        )
-    return data
-
-
 def _rebuilt(source: Source, spec: PreprocessSpec, module: nn.Module | None) -> Backbone:
     if module is not None and (source.architecture == CUSTOM or is_user_function(source.architecture)):
         return load_backbone(module, example=torch.zeros(2, spec.channels, *spec.size), preprocess=spec)
@@ -391,7 +339,7 @@ def _load_lower(backbone: Backbone, cuts: Sequence[str], tensors: dict[str, torc
     if differing:
         listed = ", ".join(f"{n} {theirs.get(n, 'absent')} instead of {ours.get(n, 'absent')}" for n in differing[:3])
         raise ArtifactError(
-            f"{place / WEIGHTS_FILE} must hold the layers of {backbone.source.architecture} up to "
+            f"{place / MODEL.weights} must hold the layers of {backbone.source.architecture} up to "
             f"{' and '.join(cuts)}; {len(differing)} tensors differ ({listed}): give the network that it was fitted on."
         )
     lower.load_state_dict(tensors)

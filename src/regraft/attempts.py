@@ -105,9 +105,11 @@ def judged(
     base = probe.scores[0] * probe.sharpness
     at = torch.from_numpy(seen)
     settings, losses, sums, sharp = [], [], [], []
+    # A probe alone had its turn on the curve.
+    shares = SHARES[1:] if candidate.alone else SHARES if candidate.epochs else SHARES[:1]
     for epoch in range(epochs):
         sharpness = fit_sharpness(own[epoch][at], labels[at])
-        for share in SHARES if candidate.epochs else SHARES[:1]:  # a probe alone had its turn on the curve
+        for share in shares:
             both = share * sharpness * own[epoch] + (1 - share) * base
             settings.append((epoch + 1, share))
             sums.append(both)

@@ -1,4 +1,4 @@
-"""A backbone: a pretrained network, its cuts, its preprocessing and where it came from."""
+"""A backbone: a pretrained network, its cuts, its preprocessing and where it came from; in memory, and as a folder."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import copy
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
@@ -21,18 +22,20 @@ from regraft.architecture import (
 )
 from regraft.cut import lower_at, split
 from regraft.described import as_operations
-from regraft.errors import BackboneError, ReaderError
+from regraft.errors import ArtifactError, BackboneError, ReaderError
 from regraft.files import digest
 from regraft.graph import Cut, Trace, trace
 from regraft.networks.embedded import EMBEDDED
-from regraft.operations import Operations, build
-from regraft.preprocess import PreprocessSpec, plain_spec
+from regraft.operations import Operations, build, operations_from_json
+from regraft.preprocess import PreprocessSpec, plain_spec, spec_from_json
 from regraft.readers import Checkpoint, Layout, is_file_spec, read_checkpoint
+from regraft.sealed import Kind, read_manifest, read_tensors, write_sealed
 from regraft.weights import Coverage, restore
 
 SCRATCH = "scratch"
 CUSTOM = "custom"
 DESCRIBED = "operations"
+FOLDER = Kind("backbone", 1, "backbone.json", "backbone.safetensors", "regraft pretrain", "pretrain")
 
 
 class WeightOptions(TypedDict, total=False):
@@ -73,6 +76,7 @@ class Backbone:
     module: regraft's own copy; trace: its graph and cuts; preprocess: how pictures become its input.
     operations: the network as a file describes it, or config: as its library does; a saved model carries either.
     coverage: what was loaded from a file of weights, where one was.
+    trained: the cut up to which regraft itself pretrained it, where it did.
     """
 
     module: nn.Module
@@ -82,6 +86,7 @@ class Backbone:
     operations: Operations | None = field(default=None, repr=False)
     config: Mapping[str, Any] | None = field(default=None, repr=False)
     coverage: Coverage | None = field(default=None, repr=False)
+    trained: str | None = None
     cuts: tuple[Cut, ...] = ()
     """All cuts in order of depth, none above a layer that was not loaded."""
 
@@ -93,6 +98,8 @@ class Backbone:
     @property
     def ends(self) -> str | None:
         """Why there are no cuts further up, where weights are missing there."""
+        if self.trained and len(self.cuts) < len(self.trace.cuts):
+            return f"the curve ends at {self.cuts[-1].name}: what lies above was not pretrained"
         if not self.coverage or len(self.cuts) == len(self.trace.cuts):
             return None
         fresh = next(name for name in self.module.state_dict() if name in self.coverage.fresh)
@@ -105,6 +112,7 @@ def load_backbone(
     example: torch.Tensor | None = None,
     preprocess: PreprocessSpec | None = None,
     seed: int = 0,
+    pretrained: bool = True,
     arch: str | None = None,
     match: str | None = None,
     rename: Mapping[str, str] | None = None,
@@ -116,8 +124,10 @@ def load_backbone(
 
     spec: `default` (EfficientNet-Lite0, ImageNet, no download), `scratch` (the same network with random weights drawn
         from `seed`), a timm name (`resnet50.a1_in1k`), `torchvision/NAME`, `hf/ORG/NAME` or a local folder of that
-        layout, a file of any framework (see `read_checkpoint`), or any `nn.Module` together with `example`, a batch of
-        the input it takes, (n, channels, height, width). The module is copied: the caller's stays as it is.
+        layout, a folder made by `regraft pretrain`, a file of any framework (see `read_checkpoint`), or any
+        `nn.Module` together with `example`, a batch of the input it takes, (n, channels, height, width). The module is
+        copied: the caller's stays as it is.
+    pretrained: False for random weights, drawn from `seed`, for a network by name or a function of yours.
     preprocess: instead of what the network states; networks that state nothing get their input stretched to their
         size with values in [0, 1], or in 0..255 where a file's network scales those itself.
     arch: the network that a file of weights belongs to: a name as above or `package.module:function`.
@@ -131,21 +141,64 @@ def load_backbone(
     if isinstance(spec, nn.Module):
         return _from_module(spec, example, preprocess)
     spec = os.fspath(spec)
-    if spec not in ("default", SCRATCH) and (arch or is_file_spec(spec)) and not is_network_folder(spec):
+    if is_backbone_folder(spec) and not arch:
+        return _from_folder(spec)
+    if pretrained and spec not in ("default", SCRATCH) and (arch or is_file_spec(spec)) and not is_network_folder(spec):
         options = {"match": match, "rename": rename, "layout": layout, "adapt": adapt, "min_coverage": min_coverage}
         return _from_file(spec, arch, preprocess, seed, options)
     if arch or match or rename or layout or adapt:
         raise BackboneError(f"Only a file of weights takes --arch, --match, --rename, --layout; {spec!r} is a name.")
-    if is_user_function(spec):
+    if is_user_function(spec) and pretrained:
         raise BackboneError(f"A function of yours makes a network without weights; give a file, and --arch {spec}.")
     name = EMBEDDED if spec in ("default", SCRATCH) else spec
-    pretrained = spec != SCRATCH
+    pretrained = pretrained and spec != SCRATCH
+    if is_user_function(spec):
+        module, shape = with_pictures(architecture(spec, pretrained=False, seed=seed).module)
+        return described_backbone(module, stated_or_found(preprocess, module, shape), spec)
     made = architecture(name, pretrained=pretrained, seed=seed)
     stated = preprocess or made.preprocess
     if stated is None:
         raise BackboneError(f"A network by name must state its preprocessing; {name} does not: give preprocess=.")
     source = Source(spec, name, "", pretrained, made.licence)
     return _assemble(made.module, _blank(stated), stated, source, config=made.config)
+
+
+def is_backbone_folder(spec: str) -> bool:
+    """Whether this is the path of a folder that holds a backbone, as `save_backbone` writes it."""
+    return (Path(spec) / FOLDER.manifest).exists()
+
+
+def described_backbone(module: nn.Module, preprocess: PreprocessSpec, spec: str) -> Backbone:
+    """A backbone of a module that is said as a list of operations, so that it can be saved without its code.
+
+    Raises BackboneError where that cannot be said.
+    """
+    said = as_operations(module.eval(), _blank(preprocess))
+    if said is None:
+        raise BackboneError(f"A network that is kept must be one that a list of operations can say; {spec} is not.")
+    return _assemble(said, _blank(preprocess), preprocess, Source(spec, DESCRIBED, "", False, None), said.operations)
+
+
+def save_backbone(backbone: Backbone, folder: Path, cut: str, facts: Mapping[str, Any]) -> Backbone:
+    """Write a network that was trained in place up to `cut` as backbone.safetensors and backbone.json; what it now is.
+
+    facts: JSON values about how it was trained. Raises BackboneError for a network that only its owner can build.
+    """
+    own = backbone.source.architecture == CUSTOM or is_user_function(backbone.source.architecture)
+    if own and not backbone.operations:
+        raise BackboneError(f"A network that is kept must be one by name or of a file; {backbone.source.spec} is not.")
+    source = replace(backbone.source, spec=str(folder), weights="", pretrained=True)
+    manifest = {
+        "backbone": source.to_json(),
+        "preprocess": backbone.preprocess.to_json(),
+        "operations": backbone.operations.to_json() if backbone.operations else None,
+        "config": backbone.config,
+        "trained": cut,
+        "licence": source.licence,
+        "facts": facts,
+    }
+    write_sealed(folder, FOLDER, backbone.module.state_dict(), manifest)
+    return _from_folder(str(folder))
 
 
 def cut_at(backbone: Backbone, name: str) -> tuple[nn.Module, nn.Module]:
@@ -244,6 +297,28 @@ def _from_file(
     return _assemble(module, _blank(final), final, Source(spec, DESCRIBED, "", True, None), operations)
 
 
+def _from_folder(spec: str) -> Backbone:
+    """The backbone that `save_backbone` wrote; its cuts end where it was trained."""
+    place = Path(spec)
+    manifest = read_manifest(place, FOLDER)
+    try:
+        tensors = read_tensors(place, FOLDER, manifest)
+        source = replace(Source(**manifest["backbone"]), spec=spec)
+        preprocess, trained = spec_from_json(manifest["preprocess"]), str(manifest["trained"])
+        operations = operations_from_json(manifest["operations"]) if manifest["operations"] else None
+        config = manifest["config"]
+    except (KeyError, TypeError) as e:
+        raise ArtifactError(f"{place / FOLDER.manifest} must describe a backbone of regraft: {e!r}.") from e
+    if operations or config:
+        module: nn.Module = build(operations, tensors) if operations else from_config(config, tensors)
+    else:
+        module = architecture(source.architecture, pretrained=False).module
+        module.load_state_dict(tensors)
+    found = _assemble(module, _blank(preprocess), preprocess, source, operations, config=config)
+    above = set(module.state_dict()) - set(split(found.trace, trained)[0].state_dict())
+    return replace(found, trained=trained, cuts=_reusable(found.trace, frozenset(above)))
+
+
 def _picture_shape(known: tuple[int | None, ...] | None) -> tuple[int, int, int] | None:
     """(channels, height, width) of what a network takes, None where it is not known or no picture."""
     sizes = tuple(size for size in known or () if size is not None)
@@ -287,7 +362,7 @@ def _assemble(
     weights = weights_digest(module, f"{traced.graph.python_code('self').src}\n{module}")
     cuts = _reusable(traced, coverage.fresh) if coverage else traced.cuts
     named = replace(source, weights=source.weights or weights)
-    return Backbone(module, traced, preprocess, named, operations, config, coverage, cuts)
+    return Backbone(module, traced, preprocess, named, operations, config, coverage, cuts=cuts)
 
 
 def _reusable(traced: Trace, fresh: frozenset[str]) -> tuple[Cut, ...]:

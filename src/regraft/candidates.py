@@ -39,10 +39,12 @@ class Candidate:
 
     cut: frozen up to here; `picture` trains all layers; `input` trains a small network from scratch.
     epochs: 0 where nothing is trained: a probe that stands beside another.
-    end: the deepest layer kept, layers above are dropped; fresh: layers above this cut begin anew; hidden: new ones.
+    end: the deepest layer kept, layers above are dropped; fresh: layers above this cut (all of them: `picture`) begin
+    anew; hidden: new ones.
     opens: cuts between which stages lie that open one after another from the top; empty: all from the first epoch.
     statistics: batch norms of the trained layers move on. views: of each picture.
     lr: of the highest layers; decay: of it for each stage further down (layer-wise decay, Howard and Ruder 2018).
+    alone: judged without the probe beside it.
     """
 
     name: str
@@ -58,6 +60,7 @@ class Candidate:
     decay: float = 0.7
     views: int = 4
     augment: Augment = Augment(crop=True, mix=True)
+    alone: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """The candidate as JSON values."""
@@ -67,6 +70,24 @@ class Candidate:
 def beside_the_input(name: str, cut: str) -> Candidate:
     """The probe called `name`, up to this cut, beside that on the raw input, where neither alone is the better."""
     return Candidate("both probes", f"the probe on {name} beside that on the raw input", cut, cut, epochs=0, views=1)
+
+
+def from_scratch(n: int, end: str, augment: Augment) -> Candidate:
+    """The same network up to `end` with random weights, all trained on n pictures: what pretraining must beat."""
+    return Candidate(
+        "scratch",
+        "the same network trained from random weights",
+        "picture",
+        end,
+        fresh="picture",
+        statistics=True,
+        epochs=30 if n < ENOUGH else 15,
+        lr=3e-3,
+        decay=1.0,
+        views=8 if n < MUCH else 4,
+        augment=augment,
+        alone=True,
+    )
 
 
 def worth_trying(n: int, places: Sequence[Place], best: str, augment: Augment) -> tuple[Candidate, ...]:

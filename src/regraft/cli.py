@@ -9,7 +9,20 @@ from typing import Any
 import click
 
 from regraft.__version__ import __version__
-from regraft.options import DEVICES, SPEC_HELP, WEIGHT_OPTIONS, learning, on_bad_option, shared, tuning, weights
+from regraft.options import (
+    ARCH_TO_PRETRAIN_HELP,
+    DEVICES,
+    METHOD_HELP,
+    SPEC_HELP,
+    VIEWS_HELP,
+    WEIGHT_OPTIONS,
+    learning,
+    names_given,
+    on_bad_option,
+    shared,
+    tuning,
+    weights,
+)
 from regraft.printable import printable
 from regraft.terminal import lines_of_stdin, print_json, progress, to_stderr
 
@@ -91,32 +104,23 @@ def curve(
 ) -> None:
     """Show how many layers to reuse: the score with its interval at every cut.
 
-    Give --backbone several times to rank several networks.
+    Give --backbone several times to rank several networks; the first line names the winner. Beside a folder that
+    `regraft pretrain` made, scratch is its network trained from random weights.
 
     \b
     Example:
       regraft curve photos/
-      regraft curve photos/ --backbone default --backbone scratch
+      regraft curve photos/ --backbone pretrained/ --backbone default --backbone scratch
     """
     from regraft import recipe
     from regraft.data import load_data
-    from regraft.readers import is_file_spec
 
     dataset = load_data(data, group=group, allow_empty_class=allow_empty_class)
-    for_files = {name: options.pop(name) for name in WEIGHT_OPTIONS}
+    for_files: Any = {name: options.pop(name) for name in WEIGHT_OPTIONS}
     with progress() as say:
-        found = [
-            recipe.curve(
-                dataset,
-                backbone,
-                say=say,
-                allow_empty_class=allow_empty_class,
-                **options,
-                **(for_files if len(backbones) == 1 or is_file_spec(backbone) else {}),
-            )
-            for backbone in backbones
-        ]
-    found.sort(key=lambda one: -one.choice.score.score)
+        found, gate = recipe.compare(
+            dataset, backbones, say=say, allow_empty_class=allow_empty_class, weights=for_files, **options
+        )
     left_out = [{"where": item.where, "reason": item.reason} for item in found[0].problems]
     ignored = [{"where": item.where, "reason": item.reason} for item in dataset.ignored]
     _tell_left_out(left_out)
@@ -127,11 +131,14 @@ def curve(
         ranking = [
             {"backbone": d["backbone"]["spec"], "score": d["score"], "interval": d["interval"]} for d in documents
         ]
-        rest = {"ranking": ranking, "backbones": documents, "left_out": left_out, "ignored": ignored}
+        rest: dict[str, Any] = {"ranking": ranking, "backbones": documents, "left_out": left_out, "ignored": ignored}
+        rest["gate"] = gate.to_json() if len(backbones) > 1 else None
         print_json(documents[0] | rest)
         return
+    if len(backbones) > 1:
+        click.echo(printable(gate.sentence))
     for document in documents:
-        if len(documents) > 1:
+        if len(backbones) > 1:
             click.echo(f"\n{document['backbone']['spec']}")
         _print_curve(document)
 
@@ -262,6 +269,55 @@ def doctor(run: Path, data: str | None, as_json: bool) -> None:
         print_json(health.to_json())
     else:
         click.echo(health)
+
+
+@main.command()
+@click.argument("data")
+@click.option("--method", required=True, metavar="NAME", help=METHOD_HELP)
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Directory of the run and of the backbone.")
+@click.option("--arch", metavar="SPEC", help=ARCH_TO_PRETRAIN_HELP)
+@click.option("--from", "start", metavar="SPEC", help="A backbone to go on from, instead of random weights.")
+@click.option("--labelled", metavar="DATA", help="Labelled pictures: the curve on them is drawn before and after.")
+@click.option("--group", metavar="REGEX", help="For pairs: pictures with the same first bracket show the same thing.")
+@click.option("--size", type=click.IntRange(8, 1024), help="Height and width of pictures, for small and dense.")
+@click.option("--budget", default="20m", show_default=True, metavar="TIME", help="Wall time of the whole run.")
+@click.option("--epochs", type=click.IntRange(1), help="Exactly so many epochs, instead of a budget.")
+@click.option("--augment", metavar="NAMES", callback=names_given, help=VIEWS_HELP)
+@click.option("--device", type=DEVICES, default="auto", show_default=True)
+@click.option("--seed", default=0, show_default=True)
+@shared(CONTINUES)
+def pretrain(data: str, out: Path, as_json: bool, **options: Any) -> None:
+    """Pretrain a network on pictures without labels, when no similar one exists.
+
+    The folder is a backbone like any other: give it to --backbone. Whether it paid, `regraft curve` says.
+
+    \b
+    DATA is any folder of pictures, or a .npz file with `images`; for pairs and labels
+    as for fit.
+
+    \b
+    Example:
+      regraft pretrain unlabelled/ --method contrastive --out pretrained/
+      regraft curve photos/ --backbone pretrained/ --backbone default --backbone scratch
+    """
+    from regraft.pretrain import pretrain as run_pretrain
+
+    with progress() as say:
+        done = run_pretrain(data, out=out, say=say, **options)
+    record = done.record
+    _tell_left_out(record["left_out"])
+    if as_json:
+        print_json(record)
+        return
+    click.echo(
+        f"{record['options']['method']}: {len(record['losses'])} epochs on {record['pictures']:,} pictures, loss "
+        f"{record['losses'][0]:.4f} to {record['losses'][-1]:.4f}, {record['seconds']['total']:.0f} s"
+    )
+    for name, document in record["curves"].items():
+        click.echo(f"\n{name}")
+        _print_curve(document)
+    click.echo(f"backbone: {printable(str(done.folder))}, trained up to {record['cut']}")
+    click.echo(f"report: {done.folder / 'report.html'}")
 
 
 @main.group()

@@ -20,7 +20,7 @@ from PIL import Image, ImageOps
 
 from regraft.errors import DataError, PictureError
 from regraft.files import digest, digest_json
-from regraft.folders import LeftOut, Split, find_in_folders, listed
+from regraft.folders import LeftOut, Split, find_in_folders, listed, pictures_below
 from regraft.pictures import Picture, decode, from_array
 from regraft.printable import printable
 
@@ -33,6 +33,7 @@ __all__ = [
     "from_arrays",
     "identity",
     "load_data",
+    "load_unlabelled",
     "open_picture",
     "pixel_digest",
     "printable",
@@ -127,6 +128,29 @@ def load_data(
     if to_learn:
         _check_classes(found, allow_empty_class)
     return with_groups(found, group) if group is not None else found
+
+
+UNLABELLED = ("picture",)
+
+
+def load_unlabelled(source: str | os.PathLike[str] | Dataset | tuple[Any, Any] | Any) -> Dataset:
+    """The pictures of `source` without their labels: any folder, a `.npz` file with `images`, arrays, or a data set.
+
+    Pictures of a folder are found at any depth; where it has splits, those in test/ are left alone.
+    Raises DataError where there are none.
+    """
+    if isinstance(source, tuple):
+        source = source[0]
+    if isinstance(source, Dataset):
+        found = [replace(e, label=0, group="") for e in source.examples if e.split != "test"]
+        dataset = Dataset(source.source, UNLABELLED, tuple(found), source.ignored)
+    elif isinstance(source, str | os.PathLike):
+        dataset = _unlabelled_at(Path(source))
+    else:
+        dataset = replace(from_arrays(source, [0] * len(source)), labels=UNLABELLED)
+    if not dataset.examples:
+        raise DataError(f"There must be pictures to learn from; there are none in {printable(dataset.source)}.")
+    return dataset
 
 
 def from_arrays(
@@ -260,15 +284,38 @@ def _from_folder(root: Path) -> Dataset:
     return Dataset(str(root), tuple(labels), examples, tuple(passed))
 
 
-def _from_npz(path: Path) -> Dataset:
+def _unlabelled_at(path: Path) -> Dataset:
     place = printable(str(path))
+    if path.suffix.lower() == ".npz" and path.is_file():
+        found, names = _arrays_of(path, "images")
+        if "images" not in found or found["images"].ndim < 3:
+            raise DataError(f"{place} must hold `images`, (n, H, W[, 1, 3, 4]); found {names}.")
+        made = from_arrays(found["images"], [0] * len(found["images"]), place)
+        return replace(made, labels=UNLABELLED)
+    if not path.is_dir():
+        raise DataError(f"The data must be a folder of pictures or a .npz file with `images`; found {place}.")
+    pictures, _, _ = find_in_folders(path)
+    tested = {f.path for f in pictures if f.split == "test"}
+    paths, passed = pictures_below(path)
+    examples = tuple(Example(str(p.relative_to(path)), 0, "train", path=p) for p in paths if p not in tested)
+    return Dataset(str(path), UNLABELLED, examples, tuple(passed))
+
+
+def _arrays_of(path: Path, *wanted: str) -> tuple[dict[str, np.ndarray], str]:
+    """Those of the wanted arrays that a `.npz` file holds, and the names of all."""
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
-            found = {name: stored[name] for name in ("images", "labels") if name in stored.files}
-            names = ", ".join(stored.files) or "nothing"
+            return {n: stored[n] for n in wanted if n in stored.files}, ", ".join(stored.files) or "nothing"
     except Exception as e:  # np.load lets the errors of zip, zlib and its own header parser through
         words = str(e).partition("\n")[0].rstrip(".") or type(e).__name__
-        raise DataError(f"{place} must be a .npz file of plain arrays, and cannot be read: {words}.") from e
+        raise DataError(
+            f"{printable(str(path))} must be a .npz file of plain arrays, and cannot be read: {words}."
+        ) from e
+
+
+def _from_npz(path: Path) -> Dataset:
+    place = printable(str(path))
+    found, names = _arrays_of(path, "images", "labels")
     if len(found) < 2:
         raise DataError(f"{place} must hold `images` and `labels`; found {names}.")
     if found["images"].ndim < 3 or found["labels"].ndim != 1:

@@ -65,7 +65,7 @@ def plot_of(ground: Ground, candidate: Candidate) -> Plot:
     channels = 1 if ground.bench.grey else 3
     if candidate.cut == INPUT:
         return Plot(INPUT, (View(SMALL, 1, FEATURES, True),), ground.task.classes, channels=channels)
-    views = start_of(ground, candidate).views
+    views = ground.trials[candidate.end].views if candidate.fresh == PICTURE else start_of(ground, candidate).views
     return Plot(candidate.cut, views, ground.task.classes, candidate.fresh, candidate.hidden, channels)
 
 
@@ -165,7 +165,7 @@ def stages_of(ground: Ground, candidate: Candidate, module: Grown) -> list[Stage
             continue
         above = sum(shown[end] <= shown[cut] for cut in candidate.opens)
         opens = round(LOWER_OPENS * above * candidate.epochs)
-        fresh = bool(candidate.fresh) and shown[end] > shown[candidate.fresh]
+        fresh = bool(candidate.fresh) and shown[end] > shown.get(candidate.fresh, 0)
         stages.append(Stage(end, tuple(parameters[name] for name in names), 1.0 if fresh else rate, opens))
         rate *= candidate.decay
     return stages

@@ -145,6 +145,15 @@ def climb(
     return Climb(found, winner, score, reason, way.forward_passes, maps)
 
 
+def try_alone(ground: Ground, candidate: Candidate, say: Say) -> Attempt:
+    """What comes of one candidate on all folds, however long it takes."""
+    folds = list(range(int(ground.task.folds.max()) + 1))
+    way = _Way(ground, ground.trials[INPUT], Budget(None, None), 0.0, say, of=1)
+    rung = _Rung(candidate)
+    _advance(way, rung, folds, [rung], 0)
+    return _attempt(way, rung)
+
+
 def candidates_for(ground: Ground, augment: Augment) -> tuple[Candidate, ...]:
     """What is worth trying on this ground (see `worth_trying`)."""
     shown = ground.backbone.shown

@@ -12,7 +12,8 @@ from regraft.terminal import guarded
 SPEC_HELP = (
     "default (EfficientNet-Lite0, ImageNet, no download), scratch (the same network with random weights, frozen), "
     "a timm name such as resnet50.a1_in1k, torchvision/NAME, hf/ORG/NAME, or a file: .pt .pth .pt2 .safetensors .keras "
-    ".h5 .onnx .pb .npz .npy .msgpack, a TensorFlow checkpoint prefix, a SavedModel or Hugging Face folder."
+    ".h5 .onnx .pb .npz .npy .msgpack, a TensorFlow checkpoint prefix, a SavedModel or Hugging Face folder, or a "
+    "folder that regraft pretrain made."
 )
 GROUP_HELP = (
     "Regular expression; pictures with the same first bracket, searched in the path inside the class folder, "
@@ -24,6 +25,15 @@ ARCH_HELP = (
 MATCH_HELP = "Take only the parameters whose names in the new network match, whole path parts from the start."
 RENAME_HELP = "A name part of the file and what it is called in the network; may be repeated."
 LAYOUT_HELP = "How the file lays out kernels, instead of what its format says."
+METHOD_HELP = (
+    "autoencoder, denoising, masked, gan, rbm, contrastive, rotation: no labels; pairs: same or different, by class or "
+    "--group; labels: another labelled task."
+)
+ARCH_TO_PRETRAIN_HELP = (
+    "small (convolutional, for small pictures, the default), dense-500-250 (dense layers of these widths), a timm "
+    "name, torchvision/NAME or package.module:function, with random weights."
+)
+VIEWS_HELP = "What pictures are varied by: crop, flip, light, erase; none. Default: all of them."
 COVERAGE_HELP = "Least share of the parameters wanted that must be loaded."
 ON_BAD_HELP = "What unreadable pictures mean: exit code 1 after all others are done, or nothing but a line each."
 DEVICES = click.Choice(["auto", "cpu", "cuda"])
@@ -74,14 +84,14 @@ def tuning(command: Callable[..., None]) -> Callable[..., None]:
     for option in (
         click.option("--clip", "clipping", metavar="BY:LIMIT", default="norm:1", callback=_clipping, help=CLIP_HELP),
         click.option("--balanced", is_flag=True, help="In fine-tuning give every class the same say."),
-        click.option("--augment", metavar="NAMES", callback=_names, help=AUGMENT_HELP),
+        click.option("--augment", metavar="NAMES", callback=names_given, help=AUGMENT_HELP),
         click.option("--budget", default="10m", show_default=True, metavar="TIME|TRIALS", help=BUDGET_HELP),
     ):
         command = option(command)
     return command
 
 
-def _names(context: click.Context, parameter: click.Parameter, value: str | None) -> list[str] | None:
+def names_given(context: click.Context, parameter: click.Parameter, value: str | None) -> list[str] | None:
     return None if value is None else [name for name in value.split(",") if name not in ("", "none")]
 
 

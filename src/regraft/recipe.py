@@ -22,7 +22,7 @@ from regraft.allocator import memory_kept
 from regraft.architecture import is_user_function
 from regraft.artifact import TransferModel, assemble, load_model, load_with_network, save_model
 from regraft.augment import Augment, augment_from
-from regraft.backbone import CUSTOM, Backbone, WeightOptions, load_backbone
+from regraft.backbone import CUSTOM, SCRATCH, Backbone, WeightOptions, is_backbone_folder, load_backbone
 from regraft.budget import Budget, budget_from
 from regraft.candidates import LITTLE
 from regraft.data import Dataset, LeftOut, identity, load_data, printable, read, subset
@@ -33,8 +33,9 @@ from regraft.files import digest_json
 from regraft.finetune import Ground, fit_all, plot_of
 from regraft.flips import flips_are_harmless
 from regraft.frozen import agreement
+from regraft.gate import Gate, Rival, rank, rival_of, train_from_scratch
 from regraft.growth import Growth, grow_labels
-from regraft.heads import Head
+from regraft.heads import INPUT, Head
 from regraft.ladder import SLOWER, Climb, climb, maps_of, network_probe
 from regraft.leaks import find_leaks
 from regraft.learned import consistent, marks_of, refuse_unsound, task_of
@@ -42,6 +43,7 @@ from regraft.nn import Clipping, Health
 from regraft.numerics import Numerics, pick_numerics
 from regraft.predict import Evaluation, evaluate_model, worst
 from regraft.probe import Bench, Task, Trial, all_grey, fit_head
+from regraft.readers import is_file_spec
 from regraft.record import read_record, refuse_inside, refuse_other_options, write_record
 from regraft.report import REPORT_FILE, write_report
 from regraft.scores import Interval, bootstrap_interval, calibration_error, confusion
@@ -151,6 +153,46 @@ def curve(
     cuts = [(cut.name, cut.depth) for cut in network.shown]
     growth = grow_labels(found.bench, found.task, cuts, seed, lambda d, t: say("scoring with fewer labels", d, t))
     return replace(found, growth=growth)
+
+
+def compare(
+    data: Data,
+    backbones: Sequence[str | nn.Module | Backbone],
+    *,
+    group: str | None = None,
+    seed: int = 0,
+    allow_empty_class: bool = False,
+    say: Say = silent,
+    weights: WeightOptions | None = None,
+    **options: Any,
+) -> tuple[list[Curve], Gate]:
+    """The curves of several backbones, best first, and the ranking of them, the raw input and training from scratch.
+
+    backbones: as for `curve`; beside a folder that `pretrain` made, `scratch` is its network trained from random
+    weights on every fold's complement. weights: how files of weights are loaded; options: as for `curve`.
+    """
+    dataset = load_data(data, group=group, allow_empty_class=allow_empty_class)
+    ours = [b for b in backbones if isinstance(b, str) and is_backbone_folder(b)]
+    trained = bool(ours) and SCRATCH in backbones
+    found = []
+    for backbone in backbones:
+        if trained and backbone == SCRATCH:
+            continue
+        of_file = isinstance(backbone, str) and (len(backbones) == 1 or is_file_spec(backbone))
+        given = {**options, **(weights or {})} if of_file else options
+        found.append(curve(dataset, backbone, seed=seed, allow_empty_class=allow_empty_class, say=say, **given))
+    rivals = [
+        rival_of(one.backbone.source.spec, one.choice, pretrained=one.backbone.trained is not None) for one in found
+    ]
+    first = found[0]
+    rivals.append(Rival(INPUT, next(t for t in first.trials if t.name == INPUT).hits))
+    if trained:
+        own = next(one for one in found if one.backbone.source.spec == ours[0])
+        ground = Ground(own.backbone, own.numerics, own.bench, own.task, {t.name: t for t in own.trials}, seed)
+        with memory_kept():
+            rivals.append(Rival(SCRATCH, train_from_scratch(ground, say).hits))
+    gate = rank(rivals, first.task.groups, int(first.task.folds.max()) + 1)
+    return sorted(found, key=lambda one: -one.choice.score.score), gate
 
 
 def fit(

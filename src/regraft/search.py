@@ -14,7 +14,7 @@ With 100 pictures hits alone see a gain of 8 points in half of the draws, log-lo
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
@@ -38,6 +38,7 @@ class Choice:
     gain: paired difference of that score, on the network, over the raw input's; sharper: by how many nats its log-loss
     is lower; helps: one of the two intervals lies above 0, and the score is not lower.
     best: the trial on the network with the best mean, which the chosen one equals within the noise.
+    hits, losses: of the nested procedure on the network, float64 (n,).
     """
 
     trial: Trial
@@ -47,6 +48,8 @@ class Choice:
     sharper: Interval
     helps: bool
     reason: str
+    hits: np.ndarray = field(repr=False)
+    losses: np.ndarray = field(repr=False)
 
 
 def run_trials(
@@ -118,7 +121,7 @@ def choose(trials: Sequence[Trial], task: Task) -> Choice:
         reason = f"transfer does not help here: {_points(gain)} over the raw input, within the noise or below it"
     folds = int(task.folds.max()) + 1
     score = widened(bootstrap_interval(hits if helps else raw.hits, task.groups), 1 / folds)
-    return Choice(picked if helps else raw, best, score, gain, sharper, helps, reason)
+    return Choice(picked if helps else raw, best, score, gain, sharper, helps, reason, hits, losses.mean(0))
 
 
 def curve_interval(trial: Trial, task: Task) -> Interval:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import safetensors
@@ -50,8 +50,8 @@ class Plan:
     """How long and how fast.
 
     lr: highest learning rate of a stage of rate 1; warmup: share of all steps over which a stage's rate rises; it falls
-    along a cosine to 0 at the last step. weight_decay: of weights of two and more axes (AdamW, Loshchilov and Hutter
-    2019).
+    along a cosine to 0 at the last step, or stays where it is not to fall. weight_decay: of weights of two and more
+    axes. rule: AdamW (Loshchilov and Hutter 2019), or plain gradient descent; betas: of AdamW.
     """
 
     epochs: int
@@ -59,6 +59,9 @@ class Plan:
     warmup: float = 0.1
     weight_decay: float = 0.05
     clipping: Clipping | None = Clipping("norm", 1.0)
+    falls: bool = True
+    rule: Literal["adamw", "sgd"] = "adamw"
+    betas: tuple[float, float] = (0.9, 0.999)
 
 
 @dataclass(frozen=True)
@@ -148,7 +151,8 @@ def rate_at(step: int, steps: int, plan: Plan, stage: Stage) -> float:
     if step < opened:
         return 0.0
     rising = min(1.0, (step - opened + 1) / (plan.warmup * total + 1))
-    return plan.lr * stage.rate * rising * 0.5 * (1 + math.cos(math.pi * step / total))
+    falling = 0.5 * (1 + math.cos(math.pi * step / total)) if plan.falls else 1.0
+    return plan.lr * stage.rate * rising * falling
 
 
 def shuffled(rows: np.ndarray, size: int, *, seed: int, epoch: int) -> Iterator[np.ndarray]:
@@ -184,7 +188,7 @@ def _optimizer(stages: Sequence[Stage], plan: Plan) -> torch.optim.Optimizer:
         narrow = [p for p in stage.parameters if p.dim() <= 1]
         groups.append({"params": wide, "weight_decay": plan.weight_decay})
         groups.append({"params": narrow, "weight_decay": 0.0})
-    return torch.optim.AdamW(groups, lr=plan.lr)
+    return torch.optim.SGD(groups, lr=plan.lr) if plan.rule == "sgd" else torch.optim.AdamW(groups, plan.lr, plan.betas)
 
 
 def _set_rates(optimizer: torch.optim.Optimizer, stages: Sequence[Stage], plan: Plan, step: int, steps: int) -> None:

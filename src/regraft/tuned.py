@@ -42,7 +42,7 @@ class Plot:
 
     cut: all up to it is frozen; PICTURE: nothing is; INPUT: the small network on the picture at 32 x 32.
     views: what the head sees of the values at cuts from there up, the deepest last; what lies above that is dropped.
-    fresh: what lies above this cut began anew.
+    fresh: what lies above this cut began anew, all of it where it is PICTURE.
     hidden: widths of new hidden layers under the new output layer. channels: of the picture at 32 x 32.
     """
 
@@ -142,7 +142,8 @@ def grow(plot: Plot, backbone: Backbone | None, *, seed: int = 0) -> Grown:
             whole = lower_at(trace, plot.ends) if plot.takes == "picture" else between(trace, plot.cut, plot.ends)
             body = copy.deepcopy(whole)
             if plot.fresh:
-                _begin_anew(body, copy.deepcopy(between(trace, plot.fresh, plot.ends[-1:])))
+                above = whole if plot.fresh == PICTURE else between(trace, plot.fresh, plot.ends[-1:])
+                _begin_anew(body, copy.deepcopy(above))
             cuts = [find_cut(trace, name) for name in plot.ends]
             spec = backbone.preprocess if plot.takes == "picture" else None
             grown = Grown(body, _top(plot), plot.views, cuts, spec)

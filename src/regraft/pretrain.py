@@ -1,0 +1,395 @@
+"""Pretrain a network when no similar one exists, as one function: pictures in, a folder with a backbone out.
+
+The one training loop runs every method (`methods`); its epochs are fixed before it begins, by the budget and a few
+timed steps, and written down, so that a run that is continued goes on bit for bit. What comes out is a backbone like
+any other: `curve`, `fit` and `inspect` take the folder.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import os
+import platform
+import re
+import shutil
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from regraft.__version__ import __version__
+from regraft.allocator import memory_kept
+from regraft.backbone import Backbone, described_backbone, load_backbone, save_backbone
+from regraft.budget import Budget, budget_from
+from regraft.cut import split
+from regraft.data import Dataset, load_data, load_unlabelled, subset
+from regraft.errors import BackboneError, DataError, TrainingError
+from regraft.graph import Cut
+from regraft.methods import LABELLED, METHODS, SPATIAL, VIEWS, Batch, Encoder, Method, Panel, Task
+from regraft.methods.encoder import encode
+from regraft.networks.small import dense_network, strided_network
+from regraft.numerics import pick_numerics
+from regraft.prepared import Pictures, prepare
+from regraft.preprocess import PreprocessSpec
+from regraft.pretrain_report import write_page
+from regraft.recipe import CHECKPOINTS, Curve, Data, curve
+from regraft.record import read_record, refuse_inside, refuse_other_options, write_record
+from regraft.report import REPORT_FILE
+from regraft.store import FeatureStore
+from regraft.training import Checkpoints, Diverged, Stage, batches_of, shuffled, train
+
+SMALL = "small"
+DENSE = re.compile(r"dense((?:-[1-9]\d{0,4})+)")
+MOST_EPOCHS = 300
+TIMED = 4
+STEP = 1.1
+"""A step with its optimizer takes so many times as long as its loss and gradients."""
+SLOWER = 0.1
+RESERVE = 0.05
+"""Share of the budget that is left for what comes after training."""
+NORMED = 4096
+"""Pictures that batch norms are set on once more after training, as they are, not varied or spoilt."""
+Say = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """One finished run: its directory, the backbone as every command loads it from there, and the record."""
+
+    folder: Path
+    backbone: Backbone
+    record: dict[str, Any]
+
+
+def pretrain(
+    data: Data | Any,
+    *,
+    method: str,
+    out: str | os.PathLike[str],
+    arch: str | None = None,
+    start: str | None = None,
+    labelled: Data | None = None,
+    group: str | None = None,
+    size: int | None = None,
+    budget: str = "20m",
+    epochs: int | None = None,
+    augment: Sequence[str] | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    store: FeatureStore | None = None,
+    say: Say = lambda what, done, total: None,
+) -> Pretrained:
+    """Train a network on pictures without the labels of the task, and keep it as a backbone in the directory `out`.
+
+    data: as for `load_unlabelled`; for the methods `pairs` and `labels` as for `load_data`, where pictures of one
+        `group` (else of one class) show the same thing. Pictures in test/ are left alone.
+    method: a name of `METHODS`. arch: `small` (a small convolutional network, the default), `dense-500-250` (dense
+        layers of these widths), or any name that `load_backbone` takes, with random weights. start: a backbone to go on
+        from instead. size: height and width of the pictures for `small` and `dense`.
+    budget: wall time of all of it; epochs: exactly so many instead. augment: names of `VIEWS`; None: all of them.
+    labelled: pictures on which the curve is drawn before and after.
+
+    A finished run is returned as it is, an interrupted one goes on. Raises RunError where `out` holds another run,
+    TrainingError where a method does not suit the network or diverges even at a tenth of its rate.
+    """
+    begun = time.monotonic()
+    budget_from(budget)
+    views = _views(augment)
+    if method not in METHODS:
+        raise TrainingError(f"The method must be one of {', '.join(METHODS)}; found {method!r}.")
+    if arch and start:
+        raise BackboneError("A network begins at random (--arch) or from a backbone (--from), not both.")
+    dataset = _dataset(data, method, group)
+    folder = Path(out)
+    refuse_inside(folder, dataset.source)
+    options: dict[str, Any] = {
+        "data": os.path.abspath(dataset.source) if os.path.exists(dataset.source) else dataset.source,
+        "method": method,
+        "arch": arch or (SMALL if start is None else None),
+        "from": start,
+        "group": group,
+        "size": size,
+        "budget": budget,
+        "epochs": epochs,
+        "augment": sorted(views),
+        "seed": seed,
+    }
+    record = read_record(folder)
+    if record is not None:
+        refuse_other_options(folder, record, options)
+        if record["status"] == "finished":
+            shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+            return Pretrained(folder, load_backbone(folder), record)
+    spent = budget_from(budget, spent=float(record.get("spent", 0.0)) if record else 0.0, started=begun)
+    known = record.get("plan") if record else None
+    status: dict[str, Any] = {"status": "running", "options": options, "spent": spent.elapsed(), "plan": known}
+    write_record(folder, status)
+
+    seconds: dict[str, float] = {}
+    own = load_backbone(start) if start else _named(options["arch"], seed)
+    tell = lambda d, t: say("preparing pictures", d, t)  # noqa: E731
+    by_group = method == "pairs" and group is not None
+    pictures = prepare(dataset, own.preprocess if own else None, size=size, by_group=by_group, progress=tell)
+    backbone = own or begin(options["arch"], pictures.preprocess, sigmoid=method == "rbm", seed=seed)
+    before = copy.deepcopy(backbone.module.state_dict())
+    cut = _cut_for(backbone, method)
+    encoder = Encoder(split(backbone.trace, cut.name)[0].requires_grad_(True), cut, pictures.preprocess)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        learner = METHODS[method](encoder, Task(int(pictures.labels.max()) + 1, views))
+    work = _Work(method, learner, encoder, pictures, seed, pick_numerics(device).device)
+    seconds["prepare"] = spent.elapsed()
+    at = time.perf_counter()
+    with memory_kept():
+        if known is None:
+            known = _planned(work, epochs, spent)
+            write_record(folder, status | {"plan": known})
+
+        def after(epoch: int) -> bool:
+            write_record(folder, status | {"plan": known, "spent": spent.elapsed()})
+            return epochs is None and spent.left() < RESERVE * (spent.seconds or 0)
+
+        facts = {**options, "plan": known, "pictures": pictures.identity, "weights": backbone.source.weights}
+        losses = _trained(work, known, facts, folder / CHECKPOINTS, after, say)
+        seconds["training"] = time.perf_counter() - at
+        at = time.perf_counter()
+        learner.finish()
+        _set_norms(work)
+        panels = _shown(work)
+    encoder.module.cpu().eval()
+    facts = {"method": method, "data": pictures.identity, "pictures": len(pictures.labels), "epochs": len(losses)}
+    saved = save_backbone(backbone, folder, cut.name, facts)
+    curves = _before_and_after(labelled, group, backbone, before, saved, seed, device, store, say)
+    seconds["rest"] = time.perf_counter() - at
+    seconds["total"] = spent.elapsed()
+    record = {
+        "status": "finished",
+        "regraft": __version__,
+        "options": options,
+        "plan": known,
+        "cut": cut.name,
+        "losses": losses,
+        "pictures": len(pictures.labels),
+        "identity": pictures.identity,
+        "left_out": [asdict(item) for item in pictures.left_out],
+        "weights": saved.source.weights,
+        "licence": saved.source.licence,
+        "parameters": sum(p.numel() for p in encoder.module.parameters()),
+        "pictures_per_second": known["steps"] * learner.batch * len(losses) / max(seconds["training"], 1e-9),
+        "curves": {name: one.to_json() for name, one in curves},
+        "seconds": seconds,
+        "device": work.device,
+        "machine": {"python": platform.python_version(), "torch": torch.__version__, "cores": os.cpu_count()},
+    }
+    write_page(folder / REPORT_FILE, record, panels)
+    write_record(folder, record)
+    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+    return Pretrained(folder, saved, record)
+
+
+def begin(arch: str, preprocess: PreprocessSpec, *, sigmoid: bool = False, seed: int = 0) -> Backbone:
+    """`small` or `dense-...` with random weights, for pictures prepared so. sigmoid: of the dense layers, else ReLU.
+
+    Raises BackboneError for another name.
+    """
+    dense = DENSE.fullmatch(arch)
+    if not dense and arch != SMALL:
+        raise BackboneError(f"A network for pictures of any size must be small or dense-WIDTH-WIDTH; found {arch!r}.")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if dense:
+            widths = [int(width) for width in dense[1].split("-")[1:]]
+            inputs = preprocess.channels * preprocess.size[0] * preprocess.size[1]
+            made = dense_network(inputs, widths, "sigmoid" if sigmoid else "relu")
+        else:
+            made = strided_network(preprocess.channels)
+    return described_backbone(made, preprocess, arch)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What is trained, on what, and where."""
+
+    name: str
+    learner: Method
+    encoder: Encoder
+    pictures: Pictures
+    seed: int
+    device: str
+
+    @property
+    def modules(self) -> nn.ModuleDict:
+        return nn.ModuleDict({part.name: part.module for part in self.learner.parts})
+
+
+def _views(names: Sequence[str] | None) -> frozenset[str]:
+    unknown = sorted(set(names or ()) - set(VIEWS))
+    if unknown:
+        raise TrainingError(f"Pictures can be varied by {', '.join(VIEWS)} in pretraining; found {unknown[0]!r}.")
+    return frozenset(VIEWS if names is None else names)
+
+
+def _dataset(data: Any, method: str, group: str | None) -> Dataset:
+    if method not in LABELLED:
+        return load_unlabelled(data)
+    if isinstance(data, str | os.PathLike | Dataset | tuple):
+        return subset(load_data(data, group=group), "train", "validation")
+    raise DataError(f"The method {method} must know what pictures show; give labels beside them.")
+
+
+def _named(arch: str | None, seed: int) -> Backbone | None:
+    """A network by name with random weights; None for those that suit pictures of any size."""
+    if arch is None or arch == SMALL or DENSE.fullmatch(arch):
+        return None
+    return load_backbone(arch, pretrained=False, seed=seed)
+
+
+def _cut_for(backbone: Backbone, method: str) -> Cut:
+    """Up to where a method trains: the deepest shown cut, for methods that make pictures the deepest with places."""
+    maps = [cut for cut in backbone.shown if cut.layout == "NCHW" and min(cut.shape[1:]) > 1]
+    return maps[-1] if maps and method in SPATIAL else backbone.shown[-1]
+
+
+def _planned(work: _Work, epochs: int | None, budget: Budget) -> dict[str, int]:
+    """Epochs and their steps: what is asked for, else what fits into the budget by a few steps that leave no trace."""
+    steps = batches_of(len(work.pictures.labels), work.learner.batch)
+    if epochs is not None:
+        return {"epochs": epochs, "steps": steps}
+    modules = work.modules.to(work.device).train()
+    kept = copy.deepcopy(modules.state_dict())
+    taken = []
+    with torch.random.fork_rng(devices=[]):
+        for batch in islice(itertools.cycle(_batches(work, 0, 1, steps)), 2 * TIMED):
+            at = time.perf_counter()
+            _loss(work, batch).backward()  # type: ignore[no-untyped-call]
+            taken.append(time.perf_counter() - at)
+    modules.load_state_dict(kept)
+    modules.zero_grad(set_to_none=True)
+    left = budget.left() - 2 * RESERVE * (budget.seconds or 0)
+    affordable = max(1, int(left / (STEP * statistics.median(taken[TIMED:]))))
+    if affordable < steps:
+        return {"epochs": 1, "steps": affordable}
+    return {"epochs": min(MOST_EPOCHS, affordable // steps), "steps": steps}
+
+
+def _trained(
+    work: _Work, plan: dict[str, int], facts: dict[str, Any], folder: Path, after: Callable[[int], bool], say: Say
+) -> list[float]:
+    """Train in place; the mean loss of every epoch. Once more, at a tenth of the rate, where the loss is not finite."""
+    modules = work.modules.to(work.device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+    epochs, steps = plan["epochs"], plan["steps"]
+    stages = [Stage(p.name, tuple(p.module.parameters()), p.rate, round(p.opens * epochs)) for p in work.learner.parts]
+    begun = copy.deepcopy(modules.state_dict())
+
+    def batches(epoch: int) -> Iterator[Batch]:
+        for done, batch in enumerate(_batches(work, epoch, epochs, steps)):
+            say(f"pretraining by {work.name}", epoch * steps + done, epochs * steps)
+            yield batch
+
+    for slower in (1.0, SLOWER):
+        rates = replace(work.learner.plan, epochs=epochs, lr=work.learner.plan.lr * slower)
+        keep = Checkpoints(folder / f"rate-{slower:g}", modules, facts)
+        try:
+            loss = partial(_loss, work)
+            found = train(stages, rates, batches, steps, loss, seed=work.seed, after=after, checkpoints=keep)
+        except Diverged:
+            modules.load_state_dict(begun)
+        else:
+            say(f"pretraining by {work.name}", epochs * steps, epochs * steps)
+            return found
+    raise TrainingError(
+        f"The loss of {work.name} must be finite; it was not, also not at a tenth of the learning rate: choose another "
+        "method or --arch."
+    )
+
+
+def _batches(work: _Work, epoch: int, epochs: int, steps: int) -> Iterator[Batch]:
+    values, labels = work.pictures.values, work.pictures.labels
+    for some in islice(_rows(work, epoch), steps):
+        at = torch.from_numpy(some)
+        x = values[at].to(work.device, torch.float32).div_(255)
+        yield Batch(x, torch.from_numpy(labels[some]).to(work.device), epoch / epochs)
+
+
+def _rows(work: _Work, epoch: int) -> Iterator[np.ndarray]:
+    """The pictures of every batch; in pairs, each is followed by another of its label, itself where there is none."""
+    labels, size = work.pictures.labels, work.learner.batch
+    everything = np.arange(len(labels))
+    if not work.learner.in_pairs:
+        yield from shuffled(everything, size, seed=work.seed, epoch=epoch)
+        return
+    rng = np.random.default_rng([work.seed, epoch, 2])
+    order = np.argsort(labels, kind="stable")
+    first, count = np.searchsorted(labels[order], labels), np.bincount(labels)[labels]
+    place = np.empty_like(order)
+    place[order] = everything
+    step = rng.integers(1, np.maximum(count, 2))
+    partner = order[first + (place - first + step) % count]
+    for k in range(2):  # half of the pictures in a batch are partners, so an epoch goes through all of them twice
+        for some in shuffled(everything, size // 2, seed=work.seed, epoch=2 * epoch + k):
+            yield np.stack([some, partner[some]], 1).reshape(-1)
+
+
+def _loss(work: _Work, batch: Batch) -> torch.Tensor:
+    with torch.autocast(work.device, torch.bfloat16, enabled=work.device != "cpu"):
+        return work.learner.loss(batch)
+
+
+def _set_norms(work: _Work) -> None:
+    """Set the statistics of batch norms anew from pictures as they are: in training they saw spoilt or made ones."""
+    norms = [m for m in work.encoder.module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    if not norms:
+        return
+    work.encoder.module.eval()
+    kept = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # of torch: the mean of all batches
+        norm.train()
+    n = len(work.pictures.labels)
+    chosen = np.random.default_rng(work.seed).permutation(n)[:NORMED]
+    with torch.no_grad():
+        for some in np.array_split(chosen, -(-len(chosen) // work.learner.batch)):
+            x = work.pictures.values[torch.from_numpy(some)].to(work.device, torch.float32).div_(255)
+            encode(work.encoder, x)
+    for norm, momentum in zip(norms, kept, strict=True):
+        norm.momentum = momentum
+        norm.eval()
+
+
+def _shown(work: _Work) -> list[Panel]:
+    """What the method has to show, on the first pictures of a batch that no training has drawn."""
+    modules = work.modules.eval()
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(work.seed)
+        panels = work.learner.show(next(_batches(work, MOST_EPOCHS, MOST_EPOCHS, 1)))
+    modules.train()
+    return panels
+
+
+def _before_and_after(
+    labelled: Data | None,
+    group: str | None,
+    backbone: Backbone,
+    before: dict[str, torch.Tensor],
+    saved: Backbone,
+    seed: int,
+    device: str,
+    store: FeatureStore | None,
+    say: Say,
+) -> list[tuple[str, Curve]]:
+    if labelled is None:
+        return []
+    backbone.module.load_state_dict(before)
+    dataset = load_data(labelled, group=group)
+    drawn = partial(curve, dataset, seed=seed, device=device, store=store, say=say)
+    return [("before", drawn(backbone)), ("after", drawn(saved))]

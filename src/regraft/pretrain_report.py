@@ -1,0 +1,2 @@
+def write_page(path, record, panels):
+    pass
