@@ -3,18 +3,18 @@
     python bench/pretrained.py DATA_FOLDER OUT_FOLDER [--sets fashion,silhouettes,emoji] [--budget 15m] [--methods ...]
     python bench/pretrained.py --table
 
-DATA_FOLDER/SET/{train,test}/CLASS hold the pictures; for fashion all 60,000. A network is pretrained once for each method
-on the training pictures, without their labels (`pairs` on emoji: by identity, from emoji/train alone), and kept in
-OUT_FOLDER. For each draw the rule of `curve` chooses cuts and strength by cross-validation on the drawn labels, and the
-head is judged on all test pictures. Rows, beside the methods:
+DATA_FOLDER/SET/{train,test}/CLASS hold the pictures; for fashion all 60,000. A network is pretrained once for each
+method on the training pictures, without their labels (`pairs` on emoji: by identity, from emoji/train alone), and kept
+in OUT_FOLDER. For each draw the rule of `curve` chooses cuts and strength by cross-validation on the drawn labels, and
+the head is judged on all test pictures. Rows, beside the methods:
 
     input      the raw picture, linear or through a random hidden layer, chosen likewise
     random     the same network with random weights, frozen
     scratch    the same network, all layers trained on the drawn labels, epochs by cross-validation
     default    EfficientNet-Lite0, ImageNet, frozen
 
-One row is appended to pretrained.jsonl for each set, method and draw, and what is there is not run again. The methods were
-developed on pictures of fashion/train that no draw holds, never on test pictures (`--develop`).
+One row is appended to pretrained.jsonl for each set, method and draw, and what is there is not run again. The methods
+were developed on pictures of fashion/train that no draw holds, never on test pictures (`--develop`).
 """
 
 from __future__ import annotations
@@ -41,14 +41,13 @@ from regraft.finetune import Ground, fit_all
 from regraft.heads import INPUT
 from regraft.ladder import maps_of, try_alone
 from regraft.prepared import prepare
-from regraft.pretrain import SMALL, begin, pretrain
 from regraft.preprocess import fit_to_size
+from regraft.pretrain import SMALL, begin, pretrain
 from regraft.probe import Bench, Task, all_grey
 from regraft.recipe import faithful_numerics
 from regraft.search import choose, run_trials
 from regraft.splits import fold_assignments, together
 from regraft.store import open_store
-from regraft.training import Checkpoints
 from regraft.tuned import run_tuned
 
 ROWS = Path(__file__).parent / "pretrained.jsonl"

@@ -40,7 +40,7 @@ from regraft.networks.small import dense_network, strided_network
 from regraft.numerics import pick_numerics
 from regraft.prepared import Pictures, prepare
 from regraft.preprocess import PreprocessSpec
-from regraft.pretrain_report import write_page
+from regraft.pretrain_report import write_pretrain_report
 from regraft.recipe import CHECKPOINTS, Curve, Data, curve
 from regraft.record import read_record, refuse_inside, refuse_other_options, write_record
 from regraft.report import REPORT_FILE
@@ -185,12 +185,12 @@ def pretrain(
         "licence": saved.source.licence,
         "parameters": sum(p.numel() for p in encoder.module.parameters()),
         "pictures_per_second": known["steps"] * learner.batch * len(losses) / max(seconds["training"], 1e-9),
-        "curves": {name: one.to_json() for name, one in curves},
+        "curves": {name: one.to_json() | {"majority": _majority(one)} for name, one in curves},
         "seconds": seconds,
         "device": work.device,
         "machine": {"python": platform.python_version(), "torch": torch.__version__, "cores": os.cpu_count()},
     }
-    write_page(folder / REPORT_FILE, record, panels)
+    write_pretrain_report(folder / REPORT_FILE, record, panels)
     write_record(folder, record)
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     return Pretrained(folder, saved, record)
@@ -393,3 +393,8 @@ def _before_and_after(
     dataset = load_data(labelled, group=group)
     drawn = partial(curve, dataset, seed=seed, device=device, store=store, say=say)
     return [("before", drawn(backbone)), ("after", drawn(saved))]
+
+
+def _majority(found: Curve) -> float:
+    """What a constant answer would score."""
+    return float(np.bincount(found.task.labels).max() / len(found.task.labels))

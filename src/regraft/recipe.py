@@ -120,7 +120,7 @@ def silent(what: str, done: int, total: int) -> None:
 
 def curve(
     data: Data,
-    backbone: str | nn.Module | Backbone = "default",
+    backbone: str | os.PathLike[str] | nn.Module | Backbone = "default",
     *,
     example: torch.Tensor | None = None,
     group: str | None = None,
@@ -157,7 +157,7 @@ def curve(
 
 def compare(
     data: Data,
-    backbones: Sequence[str | nn.Module | Backbone],
+    backbones: Sequence[str | os.PathLike[str] | nn.Module | Backbone],
     *,
     group: str | None = None,
     seed: int = 0,
@@ -172,13 +172,14 @@ def compare(
     weights on every fold's complement. weights: how files of weights are loaded; options: as for `curve`.
     """
     dataset = load_data(data, group=group, allow_empty_class=allow_empty_class)
-    ours = [b for b in backbones if isinstance(b, str) and is_backbone_folder(b)]
-    trained = bool(ours) and SCRATCH in backbones
+    named = [os.fspath(b) if isinstance(b, os.PathLike) else b for b in backbones]
+    ours = [b for b in named if isinstance(b, str) and is_backbone_folder(b)]
+    trained = bool(ours) and SCRATCH in named
     found = []
-    for backbone in backbones:
+    for backbone in named:
         if trained and backbone == SCRATCH:
             continue
-        of_file = isinstance(backbone, str) and (len(backbones) == 1 or is_file_spec(backbone))
+        of_file = isinstance(backbone, str) and (len(named) == 1 or is_file_spec(backbone))
         given = {**options, **(weights or {})} if of_file else options
         found.append(curve(dataset, backbone, seed=seed, allow_empty_class=allow_empty_class, say=say, **given))
     rivals = [
@@ -197,7 +198,7 @@ def compare(
 
 def fit(
     data: Data,
-    backbone: str | nn.Module | Backbone = "default",
+    backbone: str | os.PathLike[str] | nn.Module | Backbone = "default",
     *,
     out: str | os.PathLike[str],
     test: Data | None = None,
@@ -226,6 +227,7 @@ def fit(
     other data.
     """
     started, begun = time.perf_counter(), time.monotonic()
+    backbone = os.fspath(backbone) if isinstance(backbone, os.PathLike) else backbone
     budget_from(budget)
     augment_from(augment or ())
     dataset = load_data(data, group=group, allow_empty_class=allow_empty_class)

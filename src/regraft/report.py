@@ -63,14 +63,6 @@ def write_report(path: Path, record: Mapping[str, Any], pixels: Pixels) -> None:
 
 def render(record: Mapping[str, Any], pixels: Pixels) -> str:
     """The page as text, free of surrogates and control characters; arguments as for `write_report`."""
-    environment = Environment(
-        loader=PackageLoader("regraft"),
-        autoescape=True,
-        finalize=_visible,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     judged = judge(record)
     rows = class_rows(judged, dict(zip(record["data"]["labels"], record["data"]["per_class"], strict=True)))
     ladder = ladder_of(record)
@@ -91,7 +83,19 @@ def render(record: Mapping[str, Any], pixels: Pixels) -> str:
         "health": record.get("health"),
         "flows": flows(record["health"]) if record.get("health") else (),
     }
-    return environment.get_template("report.html.j2").render({**record, **drawn})
+    return page_environment().get_template("report.html.j2").render({**record, **drawn})
+
+
+def page_environment() -> Environment:
+    """What pages are rendered with: every text printable and escaped, an unknown name an error."""
+    return Environment(
+        loader=PackageLoader("regraft"),
+        autoescape=True,
+        finalize=_visible,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
 
 
 def network_name(backbone: Mapping[str, Any]) -> str:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from regraft.errors import TrainingError
-from regraft.methods.encoder import Encoder
+from regraft.methods.encoder import Encoder, in_order
 from regraft.methods.method import Batch, Method, Panel, Part, Task
 from regraft.training import Plan
 
@@ -104,7 +104,7 @@ def rbm(encoder: Encoder, task: Task) -> Method:
 
 def _dense_layers(network: nn.Module) -> list[nn.Linear]:
     """The layers of a stack of dense layers with sigmoids. Raises TrainingError for another network."""
-    leaves = [m for m in network.modules() if not list(m.children()) and not isinstance(m, nn.Flatten | nn.Identity)]
+    leaves = [m for m in in_order(network) if not isinstance(m, nn.Flatten | nn.Identity)]
     dense = [m for m in leaves[::2] if isinstance(m, nn.Linear)]
     if not dense or len(leaves) != 2 * len(dense) or not all(isinstance(m, nn.Sigmoid) for m in leaves[1::2]):
         raise TrainingError(

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from regraft.methods.encoder import in_order
 from regraft.nn import initialize_
 
 START = 64
@@ -63,7 +64,8 @@ class DenseDecoder(nn.Module):
 
 def decoder_for(network: nn.Module, inputs: int, shape: Sequence[int]) -> nn.Module:
     """The decoder that suits an encoder: its dense layers in reverse where it has only such, else convolutions."""
-    dense = [layer for layer in network.modules() if isinstance(layer, nn.Linear)]
-    if any(isinstance(layer, nn.Conv2d) for layer in network.modules()) or not dense:
+    layers = in_order(network)
+    dense = [layer for layer in layers if isinstance(layer, nn.Linear)]
+    if any(isinstance(layer, nn.Conv2d) for layer in layers) or not dense:
         return Decoder(inputs, shape)
     return DenseDecoder(inputs, [layer.out_features for layer in reversed(dense[:-1])], shape)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from regraft.frozen import pooled
 from regraft.graph import Cut
@@ -45,6 +46,12 @@ def encode(
 def features(encoder: Encoder, x: torch.Tensor) -> torch.Tensor:
     """Their mean over the places of the picture, float32 (n, dim); arguments as for `encode`."""
     return pooled(encode(encoder, x), encoder.cut, 1).flatten(1)
+
+
+def in_order(network: nn.Module) -> list[nn.Module]:
+    """The layers of a part of a network in the order in which they run."""
+    graph = cast(fx.GraphModule, network).graph
+    return [network.get_submodule(str(node.target)) for node in graph.nodes if node.op == "call_module"]
 
 
 def dim_of(encoder: Encoder) -> int:

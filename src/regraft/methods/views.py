@@ -9,11 +9,12 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-VIEWS = ("crop", "flip", "light", "erase")
+VIEWS = ("crop", "flip", "light", "erase", "noise")
 AREA = 0.3
 LIGHT = 0.4
 GREY = 0.2
 ERASED = (0.2, 0.4)
+NOISE = 0.1
 
 
 def varied(x: torch.Tensor, names: frozenset[str]) -> torch.Tensor:
@@ -27,7 +28,9 @@ def varied(x: torch.Tensor, names: frozenset[str]) -> torch.Tensor:
         x = _placed(x, crop="crop" in names, flip="flip" in names)
     if "light" in names:
         x = _lit(x)
-    return _erased(x) if "erase" in names else x
+    if "erase" in names:
+        x = _erased(x)
+    return (x + NOISE * torch.randn_like(x)).clamp(0, 1) if "noise" in names else x
 
 
 def _placed(x: torch.Tensor, *, crop: bool, flip: bool) -> torch.Tensor:

@@ -58,6 +58,7 @@ def dense_network(inputs: int, widths: Sequence[int], activation: str) -> nn.Seq
         layers[f"hidden{i}"] = nn.Linear(inputs, width)
         layers[f"act{i}"] = activation_called(activation)
         inputs = width
+    layers["features"] = nn.Flatten()  # the output of a network is no place to cut: without it, no head would see act
     network = nn.Sequential(layers)
     initialize_(network, activation)
     return network
