@@ -2,9 +2,9 @@
 
     python bench/boltzmann.py
 
-scikit-learn's 8 x 8 digits, scaled to [0, 1], split in half by seed; 100 hidden units, learning rate .05, batches of 10,
-20 epochs, persistent contrastive divergence for both; five seeds. The score is the mean pseudo-log-likelihood of the other
-half, by each library's own estimate of it (mean of 20 draws).
+scikit-learn's 8 x 8 digits, scaled to [0, 1], split in half by seed; 100 hidden units, learning rate .05, batches of
+10, 20 epochs, persistent contrastive divergence for both; five seeds. The score is the mean pseudo-log-likelihood of
+the other half, by each library's own estimate of it (mean of 20 draws).
 """
 
 from __future__ import annotations

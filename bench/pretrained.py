@@ -42,7 +42,7 @@ from regraft.heads import INPUT
 from regraft.ladder import maps_of, try_alone
 from regraft.prepared import prepare
 from regraft.preprocess import fit_to_size
-from regraft.pretrain import SMALL, begin, pretrain
+from regraft.pretraining import SMALL, begin, pretrain
 from regraft.probe import Bench, Task, all_grey
 from regraft.recipe import faithful_numerics
 from regraft.search import choose, run_trials

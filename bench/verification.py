@@ -2,11 +2,11 @@
 
     python bench/verification.py DATA_FOLDER OUT_FOLDER [--budget 15m] [--from SPEC]
 
-DATA_FOLDER/emoji_identity/{train,test}/IDENTITY hold 300 emoji, each drawn by several vendors. The 200 identities whose
-names have the lowest digests make the pairs to learn from; on the other 100, every pair of pictures of different vendors is
-verified by the cosine of their features at the last cut. The equal-error rate is where as many same pairs are refused as
-different ones are let through; its interval is a bootstrap over identities. Raw pixels: the cosine of centred pixels at
-32 x 32.
+DATA_FOLDER/emoji_identity/{train,test}/IDENTITY hold 300 emoji, each drawn by several vendors. The 200 identities
+whose names have the lowest digests make the pairs to learn from; on the other 100, every pair of pictures of different
+vendors is verified by the cosine of their features at the last cut. The equal-error rate is where as many same pairs
+are refused as different ones are let through; its interval is a bootstrap over identities. Raw pixels: the cosine of
+centred pixels at 32 x 32.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from regraft.backbone import Backbone, load_backbone
 from regraft.data import Dataset, load_data, read
 from regraft.frozen import as_grid, freeze_lower, values_at_cuts
 from regraft.numerics import pick_numerics
-from regraft.pretrain import pretrain
 from regraft.preprocess import fit_to_size, input_spec
+from regraft.pretraining import pretrain
 
 RESULTS = Path(__file__).parent / "RESULTS.md"
 LEARNED = 200
@@ -63,17 +63,25 @@ def main() -> None:
     lines = [
         f"\n## Verification of emoji, {datetime.date.today()}\n",
         f"{len(learned)} identities learned from, {len(judged)} judged, {len(pictures.examples)} pictures; "
-        f"{len(done.record['losses'])} epochs in {done.record['seconds']['total']:.0f} s, from {options.start or 'random'}\n",
+        f"{len(done.record['losses'])} epochs in {done.record['seconds']['total']:.0f} s, "
+        f"from {options.start or 'random weights'}\n",
         "| | equal-error rate | 95 % interval | ratio to raw |",
         "|---|---|---|---|",
     ]
     labels = np.array([e.label for e in pictures.examples])
-    base = equal_error(rows["raw pixels"], labels)
+    vendors = np.array([Path(e.inside).stem.rpartition("-")[2] for e in pictures.examples])
+    everyone = np.arange(labels.max() + 1)
+    base = equal_error(rows["raw pixels"], labels, vendors, everyone)
     for name, values in rows.items():
-        rate, drawn = equal_error(values, labels), bootstrapped(values, labels, rows["raw pixels"])
+        rate = equal_error(values, labels, vendors, everyone)
+        rng = np.random.default_rng(0)
+        draws = [rng.integers(0, len(everyone), len(everyone)) for _ in range(DRAWS)]
+        drawn = np.array([[equal_error(v, labels, vendors, d) for v in (values, rows["raw pixels"])] for d in draws])
         low, high = np.percentile(drawn[:, 0], [2.5, 97.5])
         least, most = np.percentile(drawn[:, 0] / drawn[:, 1], [2.5, 97.5])
-        lines.append(f"| {name} | {rate:.4f} | {low:.4f} to {high:.4f} | {rate / base:.2f}, {least:.2f} to {most:.2f} |")
+        lines.append(
+            f"| {name} | {rate:.4f} | {low:.4f} to {high:.4f} | {rate / base:.2f}, {least:.2f} to {most:.2f} |"
+        )
     print("\n".join(lines))
     if not options.develop:
         with RESULTS.open("a") as file:
@@ -88,7 +96,9 @@ def raw(pictures: Dataset) -> np.ndarray:
 
 def features(pictures: Dataset, backbone: Backbone) -> np.ndarray:
     """Unit vectors of the means at the last cut."""
-    frozen = freeze_lower(backbone.trace, [backbone.shown[-1].name], backbone.preprocess, pick_numerics("cpu", "float32"))
+    frozen = freeze_lower(
+        backbone.trace, [backbone.shown[-1].name], backbone.preprocess, pick_numerics("cpu", "float32")
+    )
     rows = []
     for i in range(0, len(pictures.examples), frozen.numerics.batch):
         some = pictures.examples[i : i + frozen.numerics.batch]
@@ -103,44 +113,22 @@ def unit(x: torch.Tensor) -> np.ndarray:
     return torch.nn.functional.normalize(x - x.mean(1, keepdim=True), dim=1).numpy()
 
 
-def equal_error(values: np.ndarray, labels: np.ndarray) -> float:
-    """The equal-error rate over all pairs of different pictures (identities have one picture of each vendor)."""
-    alike = values @ values.T
-    first, second = np.triu_indices(len(labels), 1)
-    same = labels[first] == labels[second]
-    scores = alike[first, second]
-    order = np.argsort(-scores, kind="stable")
-    refused = 1 - np.cumsum(same[order]) / same.sum()
-    passed = np.cumsum(~same[order]) / (~same).sum()
-    at = int(np.argmin(np.abs(refused - passed)))
-    return float((refused[at] + passed[at]) / 2)
+def equal_error(values: np.ndarray, labels: np.ndarray, vendors: np.ndarray, identities: np.ndarray) -> float:
+    """The equal-error rate over pairs of different vendors. identities: some may stand there several times.
 
-
-def bootstrapped(values: np.ndarray, labels: np.ndarray, raw_values: np.ndarray) -> np.ndarray:
-    """Rates of draws of identities with replacement, ours and of raw pixels, (draws, 2).
-
-    A drawn twice identity counts as two.
+    Such copies are not held to be different from each other, and count each as same.
     """
-    rng = np.random.default_rng(0)
-    members = [np.flatnonzero(labels == label) for label in np.unique(labels)]
-    out = []
-    for _ in range(DRAWS):
-        drawn = rng.integers(0, len(members), len(members))
-        rows = np.concatenate([members[i] for i in drawn])
-        named = np.concatenate([np.full(len(members[i]), k) for k, i in enumerate(drawn)])
-        out.append((without_copies(values, rows, named), without_copies(raw_values, rows, named)))
-    return np.array(out)
-
-
-def without_copies(values: np.ndarray, rows: np.ndarray, named: np.ndarray) -> float:
-    """The rate on drawn rows, leaving out pairs of a picture with itself and of two copies of one identity."""
-    alike = values[rows] @ values[rows].T
-    first, second = np.triu_indices(len(rows), 1)
-    scores, same = alike[first, second], named[first] == named[second]
-    kept = same | (scores < 0.9999999)
-    order = np.argsort(-scores[kept], kind="stable")
-    same = same[kept][order]
-    refused, passed = 1 - np.cumsum(same) / same.sum(), np.cumsum(~same) / (~same).sum()
+    alike = values @ values.T
+    counts = np.bincount(identities, minlength=labels.max() + 1).astype(np.float64)
+    first, second = np.triu_indices(len(labels), 1)
+    kept = vendors[first] != vendors[second]
+    first, second = first[kept], second[kept]
+    same = labels[first] == labels[second]
+    weight = np.where(same, counts[labels[first]], counts[labels[first]] * counts[labels[second]])
+    order = np.argsort(-alike[first, second], kind="stable")
+    same, weight = same[order], weight[order]
+    refused = 1 - np.cumsum(weight * same) / (weight * same).sum()
+    passed = np.cumsum(weight * ~same) / (weight * ~same).sum()
     at = int(np.argmin(np.abs(refused - passed)))
     return float((refused[at] + passed[at]) / 2)
 

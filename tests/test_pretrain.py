@@ -22,7 +22,7 @@ from regraft.methods.encoder import encode, features
 from regraft.methods.views import VIEWS, varied
 from regraft.prepared import prepare
 from regraft.preprocess import plain_spec
-from regraft.pretrain import _rows, _set_norms, _Work, begin, pretrain
+from regraft.pretraining import _rows, _set_norms, _Work, begin, pretrain
 
 EPOCHS = 2
 
@@ -64,7 +64,7 @@ def test_every_method_gives_a_backbone_that_other_commands_take(method, pictures
 
 @pytest.mark.parametrize("method", ["gan", "rbm", "pairs", "masked"])
 def test_a_run_that_was_stopped_goes_on_bit_for_bit(method, pictures, tmp_path, monkeypatch):
-    from regraft import pretrain as job
+    from regraft import pretraining as job
 
     given = {"method": method, "arch": arch_for(method), "epochs": 4, "device": "cpu"}
     whole = pretrain(pictures, out=tmp_path / "whole", **given)
@@ -212,7 +212,7 @@ def test_unreadable_pictures_are_left_out_by_name(pictures, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_is_tried_slower_then_said(pictures, tmp_path, monkeypatch):
-    from regraft import pretrain as job
+    from regraft import pretraining as job
 
     rates = []
 
@@ -352,3 +352,23 @@ def test_the_command_line_pretrains_and_the_curve_names_the_winner(pictures, tmp
     wrong = run_regraft("pretrain", pictures, "--method", "rbm", "--out", tmp_path / "b", cache=tmp_path / "store")
     assert wrong.returncode == 1
     assert len(wrong.stderr.strip().splitlines()) == 1
+
+
+def test_beside_a_folder_scratch_is_its_network_trained(tmp_path, store):
+    pictures = tiny.write_pictures(
+        tmp_path / "p", each=14, draw=lambda kind, rng: tiny.stripes(kind, rng, size=(16, 16))
+    )
+    run = pretrain(pictures, method="rotation", out=tmp_path / "out", epochs=1)
+    curves, gate = regraft.compare(pictures, [tmp_path / "out", "scratch"])
+    assert len(curves) == 1
+    names = {place.rival.name for place in gate.places}
+    assert names == {str(tmp_path / "out"), "scratch", "input"}
+    assert gate.places[0].behind.score == 0
+    assert gate.paid in (True, False)
+    again, gate_again = regraft.compare(pictures, [tmp_path / "out", "scratch"])
+    assert again[0].table.forward_passes == 0
+    assert gate_again.to_json() == gate.to_json()
+    assert torch.equal(
+        load_backbone(tmp_path / "out").module.state_dict()["conv11.weight"],
+        run.backbone.module.state_dict()["conv11.weight"],
+    )

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from regraft.data import Dataset, load_data
     from regraft.errors import RegraftError
     from regraft.params import freeze, parameter_groups
-    from regraft.recipe import Curve, Run, curve, evaluate, fit
+    from regraft.pretraining import Pretrained, pretrain
+    from regraft.recipe import Curve, Run, compare, curve, evaluate, fit
     from regraft.weights import Coverage, restore
 
 _HOME = {
@@ -26,9 +27,11 @@ _HOME = {
     "Curve": "recipe",
     "Dataset": "data",
     "Prediction": "artifact",
+    "Pretrained": "pretraining",
     "RegraftError": "errors",
     "Run": "recipe",
     "TransferModel": "artifact",
+    "compare": "recipe",
     "curve": "recipe",
     "cut_at": "backbone",
     "evaluate": "recipe",
@@ -38,6 +41,7 @@ _HOME = {
     "load_data": "data",
     "load_model": "artifact",
     "parameter_groups": "params",
+    "pretrain": "pretraining",
     "restore": "weights",
 }
 
@@ -47,10 +51,12 @@ __all__ = [
     "Curve",
     "Dataset",
     "Prediction",
+    "Pretrained",
     "RegraftError",
     "Run",
     "TransferModel",
     "__version__",
+    "compare",
     "curve",
     "cut_at",
     "evaluate",
@@ -60,6 +66,7 @@ __all__ = [
     "load_data",
     "load_model",
     "parameter_groups",
+    "pretrain",
     "restore",
 ]
 

@@ -300,7 +300,7 @@ def pretrain(data: str, out: Path, as_json: bool, **options: Any) -> None:
       regraft pretrain unlabelled/ --method contrastive --out pretrained/
       regraft curve photos/ --backbone pretrained/ --backbone default --backbone scratch
     """
-    from regraft.pretrain import pretrain as run_pretrain
+    from regraft.pretraining import pretrain as run_pretrain
 
     with progress() as say:
         done = run_pretrain(data, out=out, say=say, **options)
