@@ -9,9 +9,12 @@ in OUT_FOLDER. For each draw the rule of `curve` chooses cuts and strength by cr
 the head is judged on all test pictures. Rows, beside the methods:
 
     input      the raw picture, linear or through a random hidden layer, chosen likewise
-    random     the same network with random weights, frozen
-    scratch    the same network, all layers trained on the drawn labels, epochs by cross-validation
+    random     the same network with random weights, frozen; `random dense`, `random sigmoid` for dense layers
+    scratch    the convolutional network, all layers trained on the drawn labels, epochs by cross-validation
     default    EfficientNet-Lite0, ImageNet, frozen
+
+The autoencoders and the RBM train dense layers (`dense-500-250`), the other methods the small convolutional network:
+on the pictures they were developed on, autoencoders gained over random weights in dense layers alone.
 
 One row is appended to pretrained.jsonl for each set, method and draw, and what is there is not run again. The methods
 were developed on pictures of fashion/train that no draw holds, never on test pictures (`--develop`).
@@ -40,6 +43,7 @@ from regraft.features import FeatureTable, extract
 from regraft.finetune import Ground, fit_all
 from regraft.heads import INPUT
 from regraft.ladder import maps_of, try_alone
+from regraft.methods import METHODS
 from regraft.prepared import prepare
 from regraft.preprocess import fit_to_size
 from regraft.pretraining import SMALL, begin, pretrain
@@ -52,6 +56,10 @@ from regraft.tuned import run_tuned
 
 ROWS = Path(__file__).parent / "pretrained.jsonl"
 IDENTITY = {"emoji": r"([^/]+)-[^-]+$"}
+DENSE = "dense-500-250"
+ARCHS = {"autoencoder": DENSE, "denoising": DENSE, "masked": DENSE, "rbm": DENSE, "random dense": DENSE}
+ARCHS["random sigmoid"] = DENSE
+RANDOM = {"autoencoder": "random dense", "denoising": "random dense", "masked": "random dense", "rbm": "random sigmoid"}
 SIZES = (50, 100, 500)
 DRAWS = 5
 MIRRORED = True
@@ -126,12 +134,13 @@ def network(name: str, method: str, options: argparse.Namespace) -> Backbone:
     data, out = options.data / name, options.out / name / method
     if method == "default":
         return load_backbone()
-    if method in ("input", "random", "scratch"):
-        few = replace(dataset := load_data(data), examples=dataset.examples[:64])
-        return begin(SMALL, prepare(few).preprocess)
+    arch = ARCHS.get(method, SMALL)
+    if method in ("input", "scratch") or method.startswith("random"):
+        few = replace(dataset := load_data(data), examples=dataset.examples[::50])
+        return begin(arch, prepare(few).preprocess, sigmoid=method == "random sigmoid")
     started = time.perf_counter()
     group = IDENTITY.get(name) if method == "pairs" else None
-    done = pretrain(data, method=method, out=out, group=group, budget=options.budget)
+    done = pretrain(data, method=method, out=out, arch=arch, group=group, budget=options.budget)
     facts = (len(done.record["losses"]), round(done.record["pictures_per_second"]), done.record["losses"][-1])
     print(name, method, *facts, f"{time.perf_counter() - started:.0f} s", flush=True)
     return done.backbone
@@ -214,8 +223,9 @@ def table(found: list[dict[str, object]]) -> str:
                 if method not in ("scratch", "input") and base:
                     best = max(base, key=lambda m: statistics.mean(by[m, n, k] for k in draws))
                     cell += f" ({interval([by[method, n, k] - by[best, n, k] for k in draws])})"
-                if method not in ("scratch", "input", "random", "default") and n == 100:
-                    cell += f" [{interval([by[method, n, k] - by['random', n, k] for k in draws])} over random]"
+                if n == 100 and method in METHODS:
+                    same = RANDOM.get(method, "random")
+                    cell += f" [{interval([by[method, n, k] - by[same, n, k] for k in draws])} over {same}]"
                 cells.append(cell)
             lines.append(f"| {method} | " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -15,9 +15,12 @@ from torch import nn
 from regraft.methods.decoder import decoder_for
 from regraft.methods.encoder import Encoder, encode
 from regraft.methods.method import Batch, Method, Panel, Part, Task
+from regraft.methods.views import varied
 
 CODE = 128
 """Numbers that a picture is rebuilt from: the code must be narrower than the picture, else copying would do."""
+SPOILING = frozenset(("light", "erase"))
+"""Views that change a picture without moving it, so that it can still be rebuilt as it was."""
 NOISE = 0.3
 CELLS = 7
 COVERED = 0.5
@@ -33,14 +36,24 @@ def autoencoder(encoder: Encoder, task: Task) -> Method:
 
 
 def denoising(encoder: Encoder, task: Task) -> Method:
-    """Rebuild the picture from one with Gaussian noise of deviation 0.3."""
-    noisy = lambda x: ((x + NOISE * torch.randn_like(x)).clamp(0, 1), torch.ones_like(x))  # noqa: E731
-    return _rebuilding(encoder, noisy, "the picture, with noise, and as it is rebuilt from that")
+    """Rebuild the picture from one with Gaussian noise of deviation 0.3, in another light where views have that."""
+
+    def noisy(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        seen = varied(x, task.views & SPOILING)
+        return (seen + NOISE * torch.randn_like(x)).clamp(0, 1), torch.ones_like(x)
+
+    return _rebuilding(encoder, noisy, "the picture, spoilt, and as it is rebuilt from that")
 
 
 def masked(encoder: Encoder, task: Task) -> Method:
-    """Rebuild the half of the picture's 7 x 7 cells that are covered with grey."""
-    return _rebuilding(encoder, _covered, "the picture, partly covered, and as it is rebuilt from that")
+    """Rebuild the half of the picture's 7 x 7 cells that are covered with grey, in another light as well."""
+
+    def covered(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        cells = (torch.rand(len(x), 1, CELLS, CELLS, device=x.device) < COVERED).float()
+        mask = F.interpolate(cells, x.shape[2:])
+        return varied(x, task.views & SPOILING) * (1 - mask) + 0.5 * mask, mask.expand_as(x)
+
+    return _rebuilding(encoder, covered, "the picture, partly covered, and as it is rebuilt from that")
 
 
 def _rebuilding(encoder: Encoder, spoil: Spoiled, title: str) -> Method:
@@ -68,9 +81,3 @@ def _rebuilding(encoder: Encoder, spoil: Spoiled, title: str) -> Method:
     spoil_is_nothing = "rebuilt from that" not in title
     parts = (Part("encoder", encoder.module), Part("code", squeeze), Part("decoder", decoder))
     return Method(parts, loss, show)
-
-
-def _covered(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    cells = (torch.rand(len(x), 1, CELLS, CELLS, device=x.device) < COVERED).float()
-    mask = F.interpolate(cells, x.shape[2:])
-    return x * (1 - mask) + 0.5 * mask, mask.expand_as(x)

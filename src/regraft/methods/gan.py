@@ -1,8 +1,10 @@
 """A generative adversarial network: the lower layers of the discriminator are the backbone.
 
 Goodfellow et al. 2014, at the scale of DCGAN (Radford et al. 2016). Spectral normalisation of the discriminator
-(Miyato et al. 2018) keeps it steady, and it learns at twice the rate of the generator (Heusel et al. 2017). Both step
-at once: the generator's loss goes through the discriminator with its weights held still.
+(Miyato et al. 2018) keeps it steady, and it learns at half of the generator's rate. Both step at once: the
+generator's loss goes through the discriminator with its weights held still. What the discriminator sees is varied, real
+or made alike (Zhao et al. 2020), and it must also say by how many quarters a real picture was turned, without which it
+forgets what pictures look like once it can tell them apart (SS-GAN, Chen et al. 2019).
 """
 
 from __future__ import annotations
@@ -18,10 +20,13 @@ from torch.nn.utils import parametrizations, parametrize
 from regraft.methods.decoder import Decoder
 from regraft.methods.encoder import Encoder, encode
 from regraft.methods.method import Batch, Method, Panel, Part, Task
+from regraft.methods.views import turned, varied
 from regraft.training import Plan
 
 NOISE = 64
 """Numbers that a picture is generated from."""
+TURNED = 4
+"""Of so many pictures one is shown in all four turns."""
 SHOWN = (4, 8)
 
 
@@ -30,25 +35,35 @@ def gan(encoder: Encoder, task: Task) -> Method:
     spec, values = encoder.preprocess, 1
     for size in encoder.cut.shape:
         values *= size
-    judge = nn.Sequential(nn.Flatten(), nn.Linear(values, 1))
+    judge, turns = (nn.Sequential(nn.Flatten(), nn.Linear(values, outputs)) for outputs in (1, 4))
+    square = spec.size[0] == spec.size[1]
     generator = Decoder(NOISE, (spec.channels, *spec.size))
     normed = [m for whole in (encoder.module, judge) for m in whole.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     for layer in normed:
         parametrizations.spectral_norm(layer)
     fixed = torch.randn(SHOWN[0] * SHOWN[1], NOISE, generator=torch.Generator().manual_seed(0))
 
-    def logits(x: torch.Tensor, *, held: bool = False) -> torch.Tensor:
+    def logits(real: torch.Tensor, made: torch.Tensor, *, held: bool = False) -> tuple[torch.Tensor, ...]:
+        """Of both in one batch: alone, batch norm would tell each side by its own mean."""
+        both = varied(torch.cat([real, made]), task.views | {"noise"})
         if not held:
-            out: torch.Tensor = judge(encode(encoder, x))
-            return out.float()
+            out: torch.Tensor = judge(encode(encoder, both))
+            return out.float().chunk(2)
         run = lambda value: functional_call(encoder.module, _still(encoder.module), value)  # noqa: E731
-        still: torch.Tensor = functional_call(judge, _still(judge), encode(encoder, x, run))
-        return still.float()
+        still: torch.Tensor = functional_call(judge, _still(judge), encode(encoder, both, run))
+        return still.float().chunk(2)
 
     def loss(batch: Batch) -> torch.Tensor:
-        made = generator(torch.randn(len(batch.pictures), NOISE, device=batch.pictures.device))
-        judged = F.softplus(-logits(batch.pictures)).mean() + F.softplus(logits(made.detach())).mean()
-        return judged + F.softplus(-logits(made, held=True)).mean()
+        real = batch.pictures
+        made = generator(torch.randn(len(real), NOISE, device=real.device))
+        true, false = logits(real, made.detach())
+        judged = F.softplus(-true).mean() + F.softplus(false).mean()
+        _, hoped = logits(real, made, held=True)
+        adversarial = judged + F.softplus(-hoped).mean()
+        if not square:
+            return adversarial
+        seen, quarters = turned(varied(real[: -(-len(real) // TURNED)], task.views - {"flip"}))
+        return adversarial + F.cross_entropy(turns(encode(encoder, seen)).float(), quarters)
 
     def show(batch: Batch) -> list[Panel]:
         made = generator(fixed.to(batch.pictures.device))
@@ -62,8 +77,13 @@ def gan(encoder: Encoder, task: Task) -> Method:
         for layer in normed:
             parametrize.remove_parametrizations(layer, "weight")
 
-    parts = (Part("encoder", encoder.module), Part("judge", judge), Part("generator", generator, rate=0.5))
-    plan = replace(Plan(0, 4e-4), betas=(0.5, 0.99), weight_decay=0.0)
+    parts = (
+        Part("encoder", encoder.module, 0.5),
+        Part("judge", judge, 0.5),
+        Part("turns", turns),
+        Part("generator", generator),
+    )
+    plan = replace(Plan(0, 1e-3), betas=(0.5, 0.99), weight_decay=0.0)
     return Method(parts, loss, show, plan=plan, finish=finish)
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from regraft.errors import TrainingError
 from regraft.methods.encoder import Encoder, dim_of, features
 from regraft.methods.method import Batch, Method, Panel, Part, Task
-from regraft.methods.views import varied
+from regraft.methods.views import turned, varied
 from regraft.nn import initialize_
 from regraft.training import Plan
 
@@ -31,14 +31,14 @@ def rotation(encoder: Encoder, task: Task) -> Method:
     output = _output(dim_of(encoder), 4)
 
     def loss(batch: Batch) -> torch.Tensor:
-        turned, quarters = _turned(varied(batch.pictures, task.views - {"flip"}))
-        return F.cross_entropy(output(features(encoder, turned)).float(), quarters)
+        seen, quarters = turned(varied(batch.pictures, task.views - {"flip"}))
+        return F.cross_entropy(output(features(encoder, seen)).float(), quarters)
 
     def show(batch: Batch) -> list[Panel]:
-        turned, quarters = _turned(batch.pictures[:SHOWN])
-        said = output(features(encoder, turned)).argmax(1)
+        seen, quarters = turned(batch.pictures[:SHOWN])
+        said = output(features(encoder, seen)).argmax(1)
         words = tuple(f"{90 * int(q)} degrees, said {90 * int(s)}" for q, s in zip(quarters, said, strict=True))
-        return [Panel("turned pictures, and what the network says", tuple((x,) for x in turned), words)]
+        return [Panel("turned pictures, and what the network says", tuple((x,) for x in seen), words)]
 
     return Method((Part("encoder", encoder.module), Part("output", output)), loss, show, batch=64, plan=Plan(0, 2e-3))
 
@@ -58,11 +58,6 @@ def labels(encoder: Encoder, task: Task) -> Method:
         return [Panel("pictures, and what the network says", (tuple(x),), words)]
 
     return Method((Part("encoder", encoder.module), Part("output", output)), loss, show, plan=Plan(0, 2e-3))
-
-
-def _turned(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    turned = torch.cat([torch.rot90(x, k, (2, 3)) for k in range(4)])
-    return turned, torch.arange(4, device=x.device).repeat_interleave(len(x))
 
 
 def _output(inputs: int, classes: int) -> nn.Module:
