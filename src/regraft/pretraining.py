@@ -50,7 +50,8 @@ from regraft.training import Checkpoints, Diverged, Stage, batches_of, shuffled,
 SMALL = "small"
 DENSE = re.compile(r"dense((?:-[1-9]\d{0,4})+)")
 MOST_EPOCHS = 300
-TIMED = 4
+TIMED, TIMED_SHARE = 8, 0.02
+"""Steps that are timed at least, after as many that warm up, and the share of the budget that goes into it."""
 STEP = 1.1
 """A step with its optimizer takes so many times as long as its loss and gradients."""
 SLOWER = 0.1
@@ -162,7 +163,6 @@ def pretrain(
         losses = _trained(work, known, facts, folder / CHECKPOINTS, after, say)
         seconds["training"] = time.perf_counter() - at
         at = time.perf_counter()
-        learner.finish()
         _set_norms(work)
         panels = _shown(work)
     encoder.module.cpu().eval()
@@ -268,8 +268,11 @@ def _planned(work: _Work, epochs: int | None, budget: Budget) -> dict[str, int]:
     kept = copy.deepcopy(modules.state_dict())
     taken = []
     with torch.random.fork_rng(devices=[]):
-        for batch in islice(itertools.cycle(_batches(work, 0, 1, steps)), 2 * TIMED):
+        enough = time.perf_counter() + TIMED_SHARE * (budget.seconds or 0)
+        for batch in itertools.chain.from_iterable(_batches(work, i, MOST_EPOCHS, steps) for i in itertools.count()):
             at = time.perf_counter()
+            if len(taken) >= 2 * TIMED and at > enough:
+                break
             _loss(work, batch).backward()  # type: ignore[no-untyped-call]
             taken.append(time.perf_counter() - at)
     modules.load_state_dict(kept)

@@ -1,10 +1,11 @@
 """A generative adversarial network: the lower layers of the discriminator are the backbone.
 
-Goodfellow et al. 2014, at the scale of DCGAN (Radford et al. 2016). Spectral normalisation of the discriminator
-(Miyato et al. 2018) keeps it steady, and it learns at half of the generator's rate. Both step at once: the
-generator's loss goes through the discriminator with its weights held still. What the discriminator sees is varied, real
-or made alike (Zhao et al. 2020), and it must also say by how many quarters a real picture was turned, without which it
-forgets what pictures look like once it can tell them apart (SS-GAN, Chen et al. 2019).
+Goodfellow et al. 2014, at the scale of DCGAN (Radford et al. 2016). What keeps it steady: pictures and made ones pass the
+batch norms in one batch, what is judged is varied and noisy, real or made alike (Zhao et al. 2020), and the last layer is
+spectrally normalised (Miyato et al. 2018; on all layers the features came out worse). The discriminator must also say by
+how many quarters a real picture was turned, without which it forgets what pictures look like once it can tell them apart
+(SS-GAN, Chen et al. 2019). Both sides step at once: the generator's loss goes through the discriminator with its weights
+held still.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
-from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils import parametrizations
 
 from regraft.methods.decoder import Decoder
 from regraft.methods.encoder import Encoder, encode
@@ -25,7 +26,7 @@ from regraft.training import Plan
 
 NOISE = 64
 """Numbers that a picture is generated from."""
-TURNED = 4
+TURNED = 2
 """Of so many pictures one is shown in all four turns."""
 SHOWN = (4, 8)
 
@@ -38,9 +39,7 @@ def gan(encoder: Encoder, task: Task) -> Method:
     judge, turns = (nn.Sequential(nn.Flatten(), nn.Linear(values, outputs)) for outputs in (1, 4))
     square = spec.size[0] == spec.size[1]
     generator = Decoder(NOISE, (spec.channels, *spec.size))
-    normed = [m for whole in (encoder.module, judge) for m in whole.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
-    for layer in normed:
-        parametrizations.spectral_norm(layer)
+    parametrizations.spectral_norm(judge[1])
     fixed = torch.randn(SHOWN[0] * SHOWN[1], NOISE, generator=torch.Generator().manual_seed(0))
 
     def logits(real: torch.Tensor, made: torch.Tensor, *, held: bool = False) -> tuple[torch.Tensor, ...]:
@@ -73,18 +72,14 @@ def gan(encoder: Encoder, task: Task) -> Method:
             Panel("generated pictures", tuple(tuple(made[i : i + across]) for i in range(0, len(made), across))),
         ]
 
-    def finish() -> None:
-        for layer in normed:
-            parametrize.remove_parametrizations(layer, "weight")
-
     parts = (
-        Part("encoder", encoder.module, 0.5),
+        Part("encoder", encoder.module),
         Part("judge", judge, 0.5),
         Part("turns", turns),
         Part("generator", generator),
     )
     plan = replace(Plan(0, 1e-3), betas=(0.5, 0.99), weight_decay=0.0)
-    return Method(parts, loss, show, plan=plan, finish=finish)
+    return Method(parts, loss, show, plan=plan)
 
 
 def _still(module: nn.Module) -> dict[str, torch.Tensor]:

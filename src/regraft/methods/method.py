@@ -52,7 +52,7 @@ class Method:
     """parts: all that is trained, the encoder among them; loss: a scalar with gradients.
 
     batch: pictures of a step; plan: all but the epochs. show: what there is to look at, for pictures in evaluation.
-    in_pairs: a batch holds two pictures of each label. finish: called after training.
+    in_pairs: a batch holds two pictures of each label.
     """
 
     parts: tuple[Part, ...]
@@ -61,4 +61,3 @@ class Method:
     batch: int = 128
     plan: Plan = Plan(0, 1e-3)
     in_pairs: bool = False
-    finish: Callable[[], None] = lambda: None
