@@ -266,7 +266,7 @@ def _planned(work: _Work, epochs: int | None, budget: Budget) -> dict[str, int]:
         return {"epochs": epochs, "steps": steps}
     modules = work.modules.to(work.device).train()
     kept = copy.deepcopy(modules.state_dict())
-    taken = []
+    taken: list[float] = []
     with torch.random.fork_rng(devices=[]):
         enough = time.perf_counter() + TIMED_SHARE * (budget.seconds or 0)
         for batch in itertools.chain.from_iterable(_batches(work, i, MOST_EPOCHS, steps) for i in itertools.count()):

@@ -1,11 +1,11 @@
 """A generative adversarial network: the lower layers of the discriminator are the backbone.
 
-Goodfellow et al. 2014, at the scale of DCGAN (Radford et al. 2016). What keeps it steady: pictures and made ones pass the
-batch norms in one batch, what is judged is varied and noisy, real or made alike (Zhao et al. 2020), and the last layer is
-spectrally normalised (Miyato et al. 2018; on all layers the features came out worse). The discriminator must also say by
-how many quarters a real picture was turned, without which it forgets what pictures look like once it can tell them apart
-(SS-GAN, Chen et al. 2019). Both sides step at once: the generator's loss goes through the discriminator with its weights
-held still.
+Goodfellow et al. 2014, at the scale of DCGAN (Radford et al. 2016). What keeps it steady: pictures and made ones pass
+the batch norms in one batch, what is judged is varied and noisy, real or made alike (Zhao et al. 2020), and the last
+layer is spectrally normalised (Miyato et al. 2018; on all layers the features came out worse). The discriminator must
+also say by how many quarters a real picture was turned, without which it forgets what pictures look like once it can
+tell them apart (SS-GAN, Chen et al. 2019). Both sides step at once: the generator's loss goes through the discriminator
+with its weights held still.
 """
 
 from __future__ import annotations
