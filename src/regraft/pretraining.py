@@ -32,7 +32,7 @@ from regraft.backbone import Backbone, described_backbone, load_backbone, save_b
 from regraft.budget import Budget, budget_from
 from regraft.cut import split
 from regraft.data import Dataset, load_data, load_unlabelled, subset
-from regraft.errors import BackboneError, DataError, TrainingError
+from regraft.errors import BackboneError, DataError, RunError, TrainingError
 from regraft.graph import Cut
 from regraft.methods import LABELLED, METHODS, SPATIAL, VIEWS, Batch, Encoder, Method, Panel, Task
 from regraft.methods.encoder import encode
@@ -103,7 +103,8 @@ def pretrain(
     TrainingError where a method does not suit the network or diverges even at a tenth of its rate.
     """
     begun = time.monotonic()
-    budget_from(budget)
+    if budget_from(budget).seconds is None:
+        raise RunError(f"The budget of pretraining must be a time, such as 20m; found {budget!r}: or pass --epochs.")
     views = _views(augment)
     if method not in METHODS:
         raise TrainingError(f"The method must be one of {', '.join(METHODS)}; found {method!r}.")
@@ -123,6 +124,7 @@ def pretrain(
         "epochs": epochs,
         "augment": sorted(views),
         "seed": seed,
+        "labelled": os.path.abspath(labelled) if isinstance(labelled, str | os.PathLike) else labelled is not None,
     }
     record = read_record(folder)
     if record is not None:
@@ -160,7 +162,7 @@ def pretrain(
             return epochs is None and spent.left() < RESERVE * (spent.seconds or 0)
 
         facts = {**options, "plan": known, "pictures": pictures.identity, "weights": backbone.source.weights}
-        losses = _trained(work, known, facts, folder / CHECKPOINTS, after, say)
+        losses, seen = _trained(work, known, facts, folder / CHECKPOINTS, after, say)
         seconds["training"] = time.perf_counter() - at
         at = time.perf_counter()
         _set_norms(work)
@@ -184,7 +186,7 @@ def pretrain(
         "weights": saved.source.weights,
         "licence": saved.source.licence,
         "parameters": sum(p.numel() for p in encoder.module.parameters()),
-        "pictures_per_second": known["steps"] * learner.batch * len(losses) / max(seconds["training"], 1e-9),
+        "pictures_per_second": seen / max(seconds["training"], 1e-9),
         "curves": {name: one.to_json() | {"majority": _majority(one)} for name, one in curves},
         "seconds": seconds,
         "device": work.device,
@@ -262,9 +264,14 @@ def _cut_for(backbone: Backbone, method: str) -> Cut:
 def _planned(work: _Work, epochs: int | None, budget: Budget) -> dict[str, int]:
     """Epochs and their steps: what is asked for, else what fits into the budget by a few steps that leave no trace."""
     steps = batches_of(len(work.pictures.labels), work.learner.batch)
+    least = len({part.opens for part in work.learner.parts})
     if epochs is not None:
+        if epochs < least:
+            raise TrainingError(
+                f"The method {work.name} must have an epoch for each of {least} layers; found {epochs}."
+            )
         return {"epochs": epochs, "steps": steps}
-    modules = work.modules.to(work.device).train()
+    modules = _placed(work)
     kept = copy.deepcopy(modules.state_dict())
     taken: list[float] = []
     with torch.random.fork_rng(devices=[]):
@@ -279,23 +286,33 @@ def _planned(work: _Work, epochs: int | None, budget: Budget) -> dict[str, int]:
     modules.zero_grad(set_to_none=True)
     left = budget.left() - 2 * RESERVE * (budget.seconds or 0)
     affordable = max(1, int(left / (STEP * statistics.median(taken[TIMED:]))))
-    if affordable < steps:
-        return {"epochs": 1, "steps": affordable}
-    return {"epochs": min(MOST_EPOCHS, affordable // steps), "steps": steps}
+    epochs = max(least, min(MOST_EPOCHS, -(-affordable // steps)))
+    return {"epochs": epochs, "steps": max(1, min(steps, affordable // epochs))}
+
+
+def _placed(work: _Work) -> nn.ModuleDict:
+    """All modules as they train: on their device, laid out for it."""
+    return work.modules.to(work.device, memory_format=torch.channels_last).train()  # type: ignore[call-overload,no-any-return]
 
 
 def _trained(
     work: _Work, plan: dict[str, int], facts: dict[str, Any], folder: Path, after: Callable[[int], bool], say: Say
-) -> list[float]:
-    """Train in place; the mean loss of every epoch. Once more, at a tenth of the rate, where the loss is not finite."""
-    modules = work.modules.to(work.device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+) -> tuple[list[float], int]:
+    """Train in place; the mean loss of every epoch, and how many pictures were seen now.
+
+    Once more, at a tenth of the rate, where the loss is not finite.
+    """
+    modules = _placed(work)
     epochs, steps = plan["epochs"], plan["steps"]
-    stages = [Stage(p.name, tuple(p.module.parameters()), p.rate, round(p.opens * epochs)) for p in work.learner.parts]
+    stages = [Stage(p.name, tuple(p.module.parameters()), p.rate, int(p.opens * epochs)) for p in work.learner.parts]
     begun = copy.deepcopy(modules.state_dict())
+    seen = 0
 
     def batches(epoch: int) -> Iterator[Batch]:
+        nonlocal seen
         for done, batch in enumerate(_batches(work, epoch, epochs, steps)):
             say(f"pretraining by {work.name}", epoch * steps + done, epochs * steps)
+            seen += len(batch.labels)
             yield batch
 
     for slower in (1.0, SLOWER):
@@ -308,7 +325,7 @@ def _trained(
             modules.load_state_dict(begun)
         else:
             say(f"pretraining by {work.name}", epochs * steps, epochs * steps)
-            return found
+            return found, seen
     raise TrainingError(
         f"The loss of {work.name} must be finite; it was not, also not at a tenth of the learning rate: choose another "
         "method or --arch."
@@ -337,9 +354,8 @@ def _rows(work: _Work, epoch: int) -> Iterator[np.ndarray]:
     place[order] = everything
     step = rng.integers(1, np.maximum(count, 2))
     partner = order[first + (place - first + step) % count]
-    for k in range(2):  # half of the pictures in a batch are partners, so an epoch goes through all of them twice
-        for some in shuffled(everything, size // 2, seed=work.seed, epoch=2 * epoch + k):
-            yield np.stack([some, partner[some]], 1).reshape(-1)
+    for some in shuffled(everything, size // 2, seed=work.seed, epoch=epoch):
+        yield np.stack([some, partner[some]], 1).reshape(-1)
 
 
 def _loss(work: _Work, batch: Batch) -> torch.Tensor:
