@@ -26,7 +26,7 @@ from regraft.cut import split
 from regraft.data import load_data, subset
 from regraft.methods import METHODS, VIEWS, Batch, Encoder, Task
 from regraft.prepared import Pictures, prepare
-from regraft.pretraining import _batches, _cut_for, _loss, _Work, begin
+from regraft.pretraining import _batches, _cut_for, _Work, begin
 from regraft.training import Plan, Stage, train
 
 RESULTS = Path(__file__).parent / "RESULTS.md"
@@ -68,7 +68,7 @@ def measured(method: str, pictures: Pictures, steps: int, rounds: int) -> tuple[
     with memory_kept():
         for _ in range(rounds + 1):
             at = time.perf_counter()
-            train(stages, rates, batches, steps, partial(_loss, work), seed=0)
+            train(stages, rates, batches, steps, partial(work), seed=0)
             ours.append(time.perf_counter() - at)
             work.modules.load_state_dict(begun)
             optimizer = torch.optim.AdamW(work.modules.parameters(), 1e-4)

@@ -43,12 +43,22 @@ def test_another_winner_is_named():
 
 
 def test_of_two_that_were_pretrained_the_better_need_not_beat_the_other():
-    rivals = [
-        Rival("a/", hits(0.91), pretrained=True),
-        Rival("b/", hits(0.90), pretrained=True),
-        Rival("input", hits(0.5, 2)),
-    ]
-    assert rank(rivals, GROUPS, 5).paid is True
+    rest = [Rival("input", hits(0.5, 2)), Rival("scratch", hits(0.4, 3)), Rival("default", hits(0.6, 4))]
+    ours = [Rival("a/", hits(0.91), pretrained=True), Rival("b/", hits(0.90), pretrained=True)]
+    assert rank([*ours, *rest], GROUPS, 5).paid is True
+
+
+def test_without_all_that_it_must_beat_it_is_open_whether_it_paid():
+    gate = rank([Rival("a/", hits(0.91), pretrained=True), Rival("input", hits(0.5, 2))], GROUPS, 5)
+    assert gate.paid is None
+    assert "open without scratch and default" in gate.sentence
+
+
+def test_a_network_that_learned_these_very_classes_proves_nothing():
+    rest = [Rival("input", hits(0.5, 2)), Rival("scratch", hits(0.4, 3)), Rival("default", hits(0.6, 4))]
+    gate = rank([Rival("a/", hits(0.91), pretrained=True, known=7), *rest], GROUPS, 5)
+    assert gate.paid is None
+    assert "learned the classes of 7 of these pictures" in gate.sentence
 
 
 def test_without_any_that_was_pretrained_nothing_is_said_of_it():

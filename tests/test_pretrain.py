@@ -53,9 +53,9 @@ def test_every_method_gives_a_backbone_that_other_commands_take(method, pictures
     assert not now.module.training
     assert now.source.weights == run.record["weights"] == run.backbone.source.weights
     assert now.source.pretrained
-    found = regraft.curve(pictures, tmp_path / "out")
-    assert found.table.forward_passes == 12
-    assert regraft.curve(pictures, tmp_path / "out").table.forward_passes == 0
+    others = tiny.write_pictures(tmp_path / "others", each=4, seed=1)
+    assert regraft.curve(others, tmp_path / "out").table.forward_passes == 12
+    assert regraft.curve(others, tmp_path / "out").table.forward_passes == 0
     page = (tmp_path / "out" / "report.html").read_text()
     assert page.count("data:image") >= 8
     assert "http" not in page.replace("http-equiv", "")
@@ -175,6 +175,9 @@ def test_test_pictures_are_left_alone(pictures, tmp_path):
     for split in ("train", "test"):
         shutil.copytree(pictures, tmp_path / "split" / split)
     assert {e.where.split("/")[0] for e in load_unlabelled(tmp_path / "split").examples} == {"train"}
+    shutil.copytree(pictures / tiny.CLASSES[0], tmp_path / "split" / "unlabelled")
+    assert {e.where.split("/")[0] for e in load_unlabelled(tmp_path / "split").examples} == {"train", "unlabelled"}
+    shutil.rmtree(tmp_path / "split" / "unlabelled")
     run = pretrain(tmp_path / "split", method="labels", out=tmp_path / "out", epochs=1)
     assert run.record["pictures"] == 12
 
@@ -193,6 +196,9 @@ def test_test_pictures_are_left_alone(pictures, tmp_path):
             TrainingError,
             "an epoch for each of 3 layers; found 2",
         ),
+        ({"method": "masked", "group": "(x)"}, DataError, "masked does not ask"),
+        ({"method": "masked", "start": "default", "size": 32}, BackboneError, "has a size of its own"),
+        ({"method": "pairs", "group": r"(.*)"}, DataError, "two pictures of a thing"),
         ({"method": "masked", "budget": "soon"}, RunError, "found 'soon'"),
         ({"method": "masked", "budget": "20trials"}, RunError, "must be a time"),
     ],
@@ -391,3 +397,73 @@ def test_layers_of_a_deep_belief_net_are_trained_one_after_another(pictures, tmp
         out = run.backbone.module(prepare(load_data(pictures)).values.float() / 255)
     assert out.shape == (12, 4)
     assert 0 < float(out.min()) <= float(out.max()) < 1
+
+
+def test_other_pictures_under_the_same_name_are_another_run(tmp_path):
+    images = np.random.default_rng(0).integers(0, 255, (6, 12, 12), np.uint8)
+    pretrain(images, method="masked", out=tmp_path / "out", epochs=1)
+    with pytest.raises(RunError, match="other pictures"):
+        pretrain(images[::-1] // 2, method="masked", out=tmp_path / "out", epochs=1)
+
+
+def test_classes_that_were_learned_before_are_told(pictures, tmp_path):
+    pretrain(pictures, method="labels", out=tmp_path / "out", epochs=1)
+    with pytest.warns(UserWarning, match="learned the classes of 12 of these 12 pictures"):
+        regraft.curve(pictures, tmp_path / "out")
+    images = np.random.default_rng(0).integers(0, 255, (12, 16, 16, 3), np.uint8)
+    regraft.curve((images, [i % 2 for i in range(12)]), tmp_path / "out")
+
+
+def test_a_divergence_is_remembered(pictures, tmp_path, monkeypatch):
+    from regraft import pretraining as job
+
+    real, rates = job.train, []
+
+    def diverging_once(stages, plan, *args, **options):
+        rates.append(plan.lr)
+        if len(rates) == 1:
+            raise job.Diverged(0, 1)
+        if len(rates) == 2:
+            raise KeyboardInterrupt
+        return real(stages, plan, *args, **options)
+
+    monkeypatch.setattr(job, "train", diverging_once)
+    for stopped in (True, False):
+        try:
+            pretrain(pictures, method="masked", out=tmp_path / "out", epochs=1)
+            assert not stopped
+        except KeyboardInterrupt:
+            assert stopped
+    assert rates[1] == rates[2] == pytest.approx(rates[0] / 10)
+
+
+def test_a_network_of_a_file_is_gone_on_from(pictures, tmp_path):
+    module = nn.Sequential(nn.Flatten(), nn.Linear(192, 24), nn.ReLU(), nn.Linear(24, 4), nn.Flatten()).eval()
+    exported = torch.export.export(module, (torch.zeros(2, 3, 8, 8),), dynamic_shapes=({0: torch.export.Dim("n")},))
+    torch.export.save(exported, tmp_path / "mine.pt2")
+    run = pretrain(pictures, method="autoencoder", out=tmp_path / "out", start=str(tmp_path / "mine.pt2"), epochs=1)
+    assert run.backbone.preprocess.size == (8, 8)
+
+
+def test_the_budget_counts_an_interrupted_run_but_not_its_preparing_again(pictures, tmp_path, monkeypatch):
+    from regraft import pretraining as job
+
+    given = {"method": "masked", "out": tmp_path / "out", "budget": "6s"}
+    monkeypatch.setattr(job, "MOST_EPOCHS", 6)
+    written, left = job.write_record, 3
+
+    def stopping(folder, record):
+        nonlocal left
+        left -= 1
+        written(folder, record)
+        if left == 0:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(job, "write_record", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(pictures, **given)
+    plan = json.loads((tmp_path / "out" / "record.json").read_text())["plan"]
+    run = pretrain(pictures, **given)
+    assert run.record["plan"] == plan
+    assert len(run.record["losses"]) == plan["epochs"]

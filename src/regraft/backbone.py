@@ -76,7 +76,8 @@ class Backbone:
     module: regraft's own copy; trace: its graph and cuts; preprocess: how pictures become its input.
     operations: the network as a file describes it, or config: as its library does; a saved model carries either.
     coverage: what was loaded from a file of weights, where one was.
-    trained: the cut up to which regraft itself pretrained it, where it did.
+    trained: the cut up to which regraft itself pretrained it, where it did; classes_of: digests of the pictures whose
+    classes it learned then.
     """
 
     module: nn.Module
@@ -87,6 +88,7 @@ class Backbone:
     config: Mapping[str, Any] | None = field(default=None, repr=False)
     coverage: Coverage | None = field(default=None, repr=False)
     trained: str | None = None
+    classes_of: frozenset[str] = field(default=frozenset(), repr=False)
     cuts: tuple[Cut, ...] = ()
     """All cuts in order of depth, none above a layer that was not loaded."""
 
@@ -142,6 +144,8 @@ def load_backbone(
         return _from_module(spec, example, preprocess)
     spec = os.fspath(spec)
     if is_backbone_folder(spec) and not arch:
+        if not pretrained:
+            raise BackboneError(f"A network with random weights must be one by name; {spec} is a pretrained folder.")
         return _from_folder(spec)
     if pretrained and spec not in ("default", SCRATCH) and (arch or is_file_spec(spec)) and not is_network_folder(spec):
         options = {"match": match, "rename": rename, "layout": layout, "adapt": adapt, "min_coverage": min_coverage}
@@ -179,14 +183,20 @@ def described_backbone(module: nn.Module, preprocess: PreprocessSpec, spec: str)
     return _assemble(said, _blank(preprocess), preprocess, Source(spec, DESCRIBED, "", False, None), said.operations)
 
 
+def savable(backbone: Backbone) -> Backbone:
+    """The backbone, said as a list of operations where nothing else could build it again. Raises BackboneError."""
+    source = backbone.source
+    by_name = source.architecture not in (CUSTOM, DESCRIBED) and not is_user_function(source.architecture)
+    if by_name or backbone.operations:
+        return backbone
+    return described_backbone(backbone.module, backbone.preprocess, source.spec)
+
+
 def save_backbone(backbone: Backbone, folder: Path, cut: str, facts: Mapping[str, Any]) -> Backbone:
     """Write a network that was trained in place up to `cut` as backbone.safetensors and backbone.json; what it now is.
 
-    facts: JSON values about how it was trained. Raises BackboneError for a network that only its owner can build.
+    facts: JSON values about how it was trained; `classes_of`, where it is among them, as in `Backbone`.
     """
-    own = backbone.source.architecture == CUSTOM or is_user_function(backbone.source.architecture)
-    if own and not backbone.operations:
-        raise BackboneError(f"A network that is kept must be one by name or of a file; {backbone.source.spec} is not.")
     source = replace(backbone.source, spec=str(folder), weights="", pretrained=True)
     manifest = {
         "backbone": source.to_json(),
@@ -307,6 +317,7 @@ def _from_folder(spec: str) -> Backbone:
         preprocess, trained = spec_from_json(manifest["preprocess"]), str(manifest["trained"])
         operations = operations_from_json(manifest["operations"]) if manifest["operations"] else None
         config = manifest["config"]
+        classes_of = frozenset(manifest["facts"].get("classes_of", ()))
     except (KeyError, TypeError) as e:
         raise ArtifactError(f"{place / FOLDER.manifest} must describe a backbone of regraft: {e!r}.") from e
     if operations or config:
@@ -316,7 +327,8 @@ def _from_folder(spec: str) -> Backbone:
         module.load_state_dict(tensors)
     found = _assemble(module, _blank(preprocess), preprocess, source, operations, config=config)
     above = set(module.state_dict()) - set(split(found.trace, trained)[0].state_dict())
-    return replace(found, trained=trained, cuts=_reusable(found.trace, frozenset(above)))
+    cuts = _reusable(found.trace, frozenset(above))
+    return replace(found, trained=trained, classes_of=classes_of, cuts=cuts)
 
 
 def _picture_shape(known: tuple[int | None, ...] | None) -> tuple[int, int, int] | None:

@@ -20,6 +20,8 @@ SOME = 200
 ENOUGH = 500
 MUCH = 2000
 """From here on batch norms may move, and top layers may begin anew."""
+FEWEST_STEPS, BATCH = 400, 32
+"""From random weights a network needs so many steps of so many pictures at least, however few pictures there are."""
 TOP, UPPER = 0.15, 0.4
 """Shares of the network's arithmetic above the cuts from which parts are trained."""
 
@@ -81,7 +83,7 @@ def from_scratch(n: int, end: str, augment: Augment) -> Candidate:
         end,
         fresh="picture",
         statistics=True,
-        epochs=30 if n < ENOUGH else 15,
+        epochs=max(30 if n < ENOUGH else 15, -(-FEWEST_STEPS * BATCH // n)),
         lr=3e-3,
         decay=1.0,
         views=8 if n < MUCH else 4,

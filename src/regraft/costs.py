@@ -12,8 +12,8 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from regraft.candidates import Candidate
-from regraft.finetune import BATCH, STORED, Ground, begin, plot_of, trained_on, trains_in_bfloat16
+from regraft.candidates import BATCH, Candidate
+from regraft.finetune import STORED, Ground, begin, plot_of, trained_on, trains_in_bfloat16
 from regraft.frozen import freeze_lower, values_at_cuts
 from regraft.graph import find_cut
 from regraft.heads import INPUT

@@ -20,7 +20,7 @@ from PIL import Image, ImageOps
 
 from regraft.errors import DataError, PictureError
 from regraft.files import digest, digest_json
-from regraft.folders import LeftOut, Split, find_in_folders, listed, pictures_below
+from regraft.folders import SPLIT_FOLDERS, LeftOut, Split, find_in_folders, listed, pictures_below
 from regraft.pictures import Picture, decode, from_array
 from regraft.printable import printable
 
@@ -136,7 +136,7 @@ UNLABELLED = ("picture",)
 def load_unlabelled(source: str | os.PathLike[str] | Dataset | tuple[Any, Any] | Any) -> Dataset:
     """The pictures of `source` without their labels: any folder, a `.npz` file with `images`, arrays, or a data set.
 
-    Pictures of a folder are found at any depth; where it has splits, those in test/ are left alone.
+    Pictures of a folder are found at any depth; what lies in its test/ is left alone.
     Raises DataError where there are none.
     """
     if isinstance(source, tuple):
@@ -294,10 +294,13 @@ def _unlabelled_at(path: Path) -> Dataset:
         return replace(made, labels=UNLABELLED)
     if not path.is_dir():
         raise DataError(f"The data must be a folder of pictures or a .npz file with `images`; found {place}.")
-    pictures, _, _ = find_in_folders(path)
-    tested = {f.path for f in pictures if f.split == "test"}
     paths, passed = pictures_below(path)
-    examples = tuple(Example(str(p.relative_to(path)), 0, "train", path=p) for p in paths if p not in tested)
+    inside = [(p, p.relative_to(path)) for p in paths]
+    examples = tuple(
+        Example(str(own), 0, "train", path=p)
+        for p, own in inside
+        if len(own.parts) == 1 or SPLIT_FOLDERS.get(own.parts[0].casefold()) != "test"
+    )
     return Dataset(str(path), UNLABELLED, examples, tuple(passed))
 
 

@@ -19,7 +19,7 @@ from torch import nn
 
 from regraft.augment import Augment
 from regraft.backbone import Backbone
-from regraft.candidates import Candidate
+from regraft.candidates import BATCH, Candidate
 from regraft.graph import find_cut
 from regraft.heads import INPUT, View
 from regraft.maps import Maps, storing_pays
@@ -30,7 +30,6 @@ from regraft.probe import Bench, Task, Trial, fit_head, narrowed, next_start, pr
 from regraft.training import Checkpoints, Diverged, Plan, Stage, batches_of, shuffled, train
 from regraft.tuned import PICTURE, SMALL, Grown, Plot, batch_norms, grow, run_tuned, stage_names
 
-BATCH = 32
 SEVERAL = 4
 """The cuts that the output layer of a candidate reads at most."""
 TOP_RATE = 0.1

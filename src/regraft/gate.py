@@ -21,16 +21,21 @@ from regraft.flips import flips_are_harmless
 from regraft.heads import INPUT
 from regraft.ladder import Say, try_alone
 from regraft.scores import Interval, bootstrap_interval, paired_difference, widened
-from regraft.search import Choice
+
+NEEDED = (INPUT, "scratch", "default")
 
 
 @dataclass(frozen=True)
 class Rival:
-    """One way to the answer. hits: float64 (n,) out of fold; pretrained: regraft made this backbone itself."""
+    """One way to the answer. hits: float64 (n,) out of fold; pretrained: regraft made this backbone itself.
+
+    known: of so many of the pictures it learned the classes then, so that its hits on them say nothing.
+    """
 
     name: str
     hits: np.ndarray
     pretrained: bool = False
+    known: int = 0
 
 
 @dataclass(frozen=True)
@@ -44,9 +49,10 @@ class Place:
 
 @dataclass(frozen=True)
 class Gate:
-    """The ranking, best first. paid: whether a backbone pretrained here is better than all else, beyond the noise.
+    """The ranking, best first.
 
-    paid is None where none was pretrained here.
+    paid: whether a backbone pretrained here is better, beyond the noise, than the raw input, the same network from
+    scratch and the default backbone. None where none was pretrained here, or it leads and one of these is missing.
     """
 
     places: tuple[Place, ...]
@@ -67,11 +73,6 @@ class Gate:
         return {"winner": self.places[0].rival.name, "paid": self.paid, "sentence": self.sentence, "ranking": rows}
 
 
-def rival_of(name: str, choice: Choice, *, pretrained: bool) -> Rival:
-    """A backbone, by the nested procedure on its curve."""
-    return Rival(name, choice.hits, pretrained)
-
-
 def train_from_scratch(ground: Ground, say: Say) -> Attempt:
     """The ground's network with random weights, trained on every fold's complement.
 
@@ -88,8 +89,8 @@ def train_from_scratch(ground: Ground, say: Say) -> Attempt:
     return attempt
 
 
-def rank(rivals: Sequence[Rival], groups: np.ndarray, folds: int) -> Gate:
-    """Who wins. groups: int64 (n,), as in `Task`; folds: how many the rivals were judged on."""
+def rank(rivals: Sequence[Rival], groups: np.ndarray, folds: int, left_out: str = "") -> Gate:
+    """Who wins. groups: int64 (n,), as in `Task`; folds: how many there were; left_out: why a rival is not there."""
     best = max(rivals, key=lambda rival: rival.hits.mean())
     order = sorted(rivals, key=lambda rival: (-rival.hits.mean(), rival is not best))
     places = tuple(
@@ -100,23 +101,33 @@ def rank(rivals: Sequence[Rival], groups: np.ndarray, folds: int) -> Gate:
         )
         for rival in order
     )
-    others = places[1:]
-    sure = all(place.behind.low > 0 for place in others)
-    ours = any(rival.pretrained for rival in rivals)
-    rest = [place for place in others if not place.rival.pretrained]
-    paid = (best.pretrained and all(place.behind.low > 0 for place in rest)) if ours else None
-    return Gate(places, paid, _sentence(places, sure, paid))
+    paid, verdict = _verdict(places)
+    sentence = f"{_called(best)} wins{verdict}; {_ahead(places)}"
+    return Gate(places, paid, f"{sentence}; {left_out}" if left_out else sentence)
 
 
-def _sentence(places: Sequence[Place], sure: bool, paid: bool | None) -> str:
+def _verdict(places: Sequence[Place]) -> tuple[bool | None, str]:
+    best, others = places[0].rival, [place for place in places[1:] if not place.rival.pretrained]
+    if not any(place.rival.pretrained for place in places):
+        return None, ""
+    if not best.pretrained or not all(place.behind.low > 0 for place in others):
+        return False, ": pretraining did not pay"
+    if best.known:
+        return None, f": no wonder, it learned the classes of {best.known} of these pictures"
+    missing = [name for name in NEEDED if all(place.rival.name != name for place in others)]
+    if missing:
+        return None, f": whether pretraining paid is open without {' and '.join(missing)}"
+    return True, ": pretraining paid"
+
+
+def _ahead(places: Sequence[Place]) -> str:
     ahead = ", ".join(
         f"{100 * p.behind.score:+.1f} points over {_called(p.rival)} "
         f"({100 * p.behind.low:+.1f} to {100 * p.behind.high:+.1f})"
         for p in places[1:]
     )
-    certainty = "beyond the noise" if sure else "not beyond the noise everywhere"
-    verdict = "" if paid is None else ": pretraining paid" if paid else ": pretraining did not pay"
-    return f"{_called(places[0].rival)} wins{verdict}; {ahead}; {certainty}"
+    sure = all(place.behind.low > 0 for place in places[1:])
+    return f"{ahead}; {'beyond the noise' if sure else 'not beyond the noise everywhere'}"
 
 
 def _called(rival: Rival) -> str:

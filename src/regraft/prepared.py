@@ -15,7 +15,6 @@ import torch
 from regraft.ahead import in_order
 from regraft.data import Dataset, Example, LeftOut, printable, read
 from regraft.errors import DataError, PictureError
-from regraft.files import digest_json
 from regraft.preprocess import PreprocessSpec, fit_to_size, plain_spec
 
 DECODERS = 2
@@ -30,13 +29,13 @@ SIZE = 32
 class Pictures:
     """values: uint8 (n, channels, height, width); labels: int64 (n,), of the data set or of its groups.
 
-    identity: digest of every picture's bytes and label, in order; left_out: what could not be read.
+    ids: digests of the pictures; left_out: what could not be read.
     """
 
     values: torch.Tensor
     labels: np.ndarray
     preprocess: PreprocessSpec
-    identity: str
+    ids: tuple[str, ...]
     left_out: tuple[LeftOut, ...]
 
 
@@ -93,8 +92,7 @@ def prepare(
     names = [f"{e.label} {e.group or e.where}" if by_group else str(e.label) for e in kept]
     index = {name: i for i, name in enumerate(dict.fromkeys(names))}
     labels = np.array([index[name] for name in names]) if by_group else np.array([e.label for e in kept])
-    identity = digest_json([[id_, int(label)] for id_, label in zip(ids, labels, strict=True)])
-    return Pictures(torch.from_numpy(values), labels.astype(np.int64), spec, identity, tuple(left_out))
+    return Pictures(torch.from_numpy(values), labels.astype(np.int64), spec, tuple(ids), tuple(left_out))
 
 
 def _size(dataset: Dataset, size: int | None) -> tuple[int, int]:

@@ -28,10 +28,10 @@ from torch import nn
 
 from regraft.__version__ import __version__
 from regraft.allocator import memory_kept
-from regraft.backbone import Backbone, described_backbone, load_backbone, save_backbone
+from regraft.backbone import Backbone, described_backbone, load_backbone, savable, save_backbone
 from regraft.budget import Budget, budget_from
 from regraft.cut import split
-from regraft.data import Dataset, load_data, load_unlabelled, subset
+from regraft.data import Dataset, identity, load_data, load_unlabelled, subset
 from regraft.errors import BackboneError, DataError, RunError, TrainingError
 from regraft.graph import Cut
 from regraft.methods import LABELLED, METHODS, SPATIAL, VIEWS, Batch, Encoder, Method, Panel, Task
@@ -97,7 +97,7 @@ def pretrain(
         layers of these widths), or any name that `load_backbone` takes, with random weights. start: a backbone to go on
         from instead. size: height and width of the pictures for `small` and `dense`.
     budget: wall time of all of it; epochs: exactly so many instead. augment: names of `VIEWS`; None: all of them.
-    labelled: pictures on which the curve is drawn before and after.
+    labelled: class folders, or other labelled data, on which the curve is drawn before and after.
 
     A finished run is returned as it is, an interrupted one goes on. Raises RunError where `out` holds another run,
     TrainingError where a method does not suit the network or diverges even at a tenth of its rate.
@@ -110,9 +110,12 @@ def pretrain(
         raise TrainingError(f"The method must be one of {', '.join(METHODS)}; found {method!r}.")
     if arch and start:
         raise BackboneError("A network begins at random (--arch) or from a backbone (--from), not both.")
-    dataset = _dataset(data, method, group)
-    folder = Path(out)
-    refuse_inside(folder, dataset.source)
+    _refuse_idle(method, arch, start, group, size)
+    dataset, folder = _dataset(data, method, group), Path(out)
+    asked = load_data(labelled) if labelled is not None else None
+    for place in (dataset, asked):
+        if place is not None:
+            refuse_inside(folder, place.source)
     options: dict[str, Any] = {
         "data": os.path.abspath(dataset.source) if os.path.exists(dataset.source) else dataset.source,
         "method": method,
@@ -124,53 +127,71 @@ def pretrain(
         "epochs": epochs,
         "augment": sorted(views),
         "seed": seed,
-        "labelled": os.path.abspath(labelled) if isinstance(labelled, str | os.PathLike) else labelled is not None,
+        "labelled": os.path.abspath(asked.source) if asked and os.path.exists(asked.source) else asked is not None,
     }
     record = read_record(folder)
+    say("reading pictures", 0, 1)
+    pictures_are = identity(dataset, {})
     if record is not None:
         refuse_other_options(folder, record, options)
+        if record.get("identity", pictures_are) != pictures_are:
+            raise RunError(f"{folder} holds a run with other pictures: choose another --out.")
         if record["status"] == "finished":
             shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
             return Pretrained(folder, load_backbone(folder), record)
-    spent = budget_from(budget, spent=float(record.get("spent", 0.0)) if record else 0.0, started=begun)
     known = record.get("plan") if record else None
-    status: dict[str, Any] = {"status": "running", "options": options, "spent": spent.elapsed(), "plan": known}
-    write_record(folder, status)
+    status: dict[str, Any] = {"status": "running", "options": options, "identity": pictures_are, "plan": known}
+    write_record(folder, status | {"spent": float(record.get("spent", 0.0)) if record else 0.0})
 
     seconds: dict[str, float] = {}
-    own = load_backbone(start) if start else _named(options["arch"], seed)
+    own = savable(load_backbone(start)) if start else _named(options["arch"], seed)
     tell = lambda d, t: say("preparing pictures", d, t)  # noqa: E731
     by_group = method == "pairs" and group is not None
     pictures = prepare(dataset, own.preprocess if own else None, size=size, by_group=by_group, progress=tell)
+    if method == "pairs" and int(np.bincount(pictures.labels).max()) < 2:
+        raise DataError(
+            "For pairs there must be two pictures of a thing; each stands alone here: give another --group."
+        )
     backbone = own or begin(options["arch"], pictures.preprocess, sigmoid=method == "rbm", seed=seed)
     before = copy.deepcopy(backbone.module.state_dict())
+    backbone.module.to(device := pick_numerics(device).device)  # first of all: parts share its tensors
     cut = _cut_for(backbone, method)
     encoder = Encoder(split(backbone.trace, cut.name)[0].requires_grad_(True), cut, pictures.preprocess)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         learner = METHODS[method](encoder, Task(int(pictures.labels.max()) + 1, views))
-    work = _Work(method, learner, encoder, pictures, seed, pick_numerics(device).device)
-    seconds["prepare"] = spent.elapsed()
+    work = _Work(method, learner, encoder, pictures, seed, device)
+    # What an interrupted run had prepared is not counted twice: it must not end earlier for having been stopped.
+    before_that = float(record["spent"]) if record and known else 0.0
+    spent = budget_from(budget, spent=before_that, started=None if known else begun)
+    seconds["prepare"] = time.monotonic() - begun
     at = time.perf_counter()
     with memory_kept():
         if known is None:
             known = _planned(work, epochs, spent)
-            write_record(folder, status | {"plan": known})
 
-        def after(epoch: int) -> bool:
+        def keep(rate: float) -> None:
+            known["rate"] = rate
             write_record(folder, status | {"plan": known, "spent": spent.elapsed()})
-            return epochs is None and spent.left() < RESERVE * (spent.seconds or 0)
 
-        facts = {**options, "plan": known, "pictures": pictures.identity, "weights": backbone.source.weights}
-        losses, seen = _trained(work, known, facts, folder / CHECKPOINTS, after, say)
+        def late(epoch: int) -> bool:
+            last = max(int(part.opens * known["epochs"]) for part in learner.parts)
+            return epochs is None and spent.left() < 0 and epoch > last
+
+        keep(known.get("rate", 1.0))
+        facts = {**options, "steps": known["steps"], "all": known["epochs"], "pictures": pictures_are}
+        facts |= {"weights": backbone.source.weights}
+        losses, seen = _trained(work, known, facts, folder / CHECKPOINTS, keep, late, say)
         seconds["training"] = time.perf_counter() - at
         at = time.perf_counter()
         _set_norms(work)
         panels = _shown(work)
-    encoder.module.cpu().eval()
-    facts = {"method": method, "data": pictures.identity, "pictures": len(pictures.labels), "epochs": len(losses)}
+    backbone.module.cpu().eval()
+    facts = {"method": method, "data": pictures_are, "pictures": len(pictures.labels), "epochs": len(losses)}
+    if method in LABELLED and not by_group:
+        facts["classes_of"] = sorted(set(pictures.ids))
     saved = save_backbone(backbone, folder, cut.name, facts)
-    curves = _before_and_after(labelled, group, backbone, before, saved, seed, device, store, say)
+    curves = _before_and_after(asked, backbone, before, saved, seed, device, store, say)
     seconds["rest"] = time.perf_counter() - at
     seconds["total"] = spent.elapsed()
     record = {
@@ -181,7 +202,7 @@ def pretrain(
         "cut": cut.name,
         "losses": losses,
         "pictures": len(pictures.labels),
-        "identity": pictures.identity,
+        "identity": pictures_are,
         "left_out": [asdict(item) for item in pictures.left_out],
         "weights": saved.source.weights,
         "licence": saved.source.licence,
@@ -240,11 +261,24 @@ def _views(names: Sequence[str] | None) -> frozenset[str]:
     return frozenset(VIEWS if names is None else names)
 
 
+def _refuse_idle(method: str, arch: str | None, start: str | None, group: str | None, size: int | None) -> None:
+    """Raise for an option that would change nothing."""
+    if group is not None and method != "pairs":
+        raise DataError(
+            f"--group says what is the same thing, for pairs; the method {method} does not ask: leave it out."
+        )
+    if size is not None and (start or not (arch is None or arch == SMALL or DENSE.fullmatch(arch))):
+        raise BackboneError(
+            f"--size is for small and dense networks; {start or arch} has a size of its own: leave it out."
+        )
+
+
 def _dataset(data: Any, method: str, group: str | None) -> Dataset:
     if method not in LABELLED:
         return load_unlabelled(data)
     if isinstance(data, str | os.PathLike | Dataset | tuple):
-        return subset(load_data(data, group=group), "train", "validation")
+        found = load_data(data, group=group, to_learn=group is None)
+        return subset(found, "train", "validation")
     raise DataError(f"The method {method} must know what pictures show; give labels beside them.")
 
 
@@ -261,7 +295,7 @@ def _cut_for(backbone: Backbone, method: str) -> Cut:
     return maps[-1] if maps and method in SPATIAL else backbone.shown[-1]
 
 
-def _planned(work: _Work, epochs: int | None, budget: Budget) -> dict[str, int]:
+def _planned(work: _Work, epochs: int | None, budget: Budget) -> dict[str, Any]:
     """Epochs and their steps: what is asked for, else what fits into the budget by a few steps that leave no trace."""
     steps = batches_of(len(work.pictures.labels), work.learner.batch)
     least = len({part.opens for part in work.learner.parts})
@@ -274,18 +308,22 @@ def _planned(work: _Work, epochs: int | None, budget: Budget) -> dict[str, int]:
     modules = _placed(work)
     kept = copy.deepcopy(modules.state_dict())
     taken: list[float] = []
-    with torch.random.fork_rng(devices=[]):
-        enough = time.perf_counter() + TIMED_SHARE * (budget.seconds or 0)
+    devices = [torch.cuda.current_device()] if work.device != "cpu" else []
+    with torch.random.fork_rng(devices=devices):
+        begun = at = time.perf_counter()
         for batch in itertools.chain.from_iterable(_batches(work, i, MOST_EPOCHS, steps) for i in itertools.count()):
-            at = time.perf_counter()
-            if len(taken) >= 2 * TIMED and at > enough:
-                break
-            _loss(work, batch).backward()  # type: ignore[no-untyped-call]
+            value = work.learner.loss(batch)
+            value.backward()  # type: ignore[no-untyped-call]
+            float(value.detach())  # waits for a GPU
             taken.append(time.perf_counter() - at)
+            at = time.perf_counter()
+            share = (at - begun) / (budget.seconds or 1)
+            if (share > TIMED_SHARE and len(taken) >= 2 * TIMED) or (share > 5 * TIMED_SHARE and len(taken) > 1):
+                break
     modules.load_state_dict(kept)
     modules.zero_grad(set_to_none=True)
     left = budget.left() - 2 * RESERVE * (budget.seconds or 0)
-    affordable = max(1, int(left / (STEP * statistics.median(taken[TIMED:]))))
+    affordable = max(1, int(left / (STEP * statistics.median(taken[len(taken) // 2 :]))))
     epochs = max(least, min(MOST_EPOCHS, -(-affordable // steps)))
     return {"epochs": epochs, "steps": max(1, min(steps, affordable // epochs))}
 
@@ -296,11 +334,18 @@ def _placed(work: _Work) -> nn.ModuleDict:
 
 
 def _trained(
-    work: _Work, plan: dict[str, int], facts: dict[str, Any], folder: Path, after: Callable[[int], bool], say: Say
+    work: _Work,
+    plan: dict[str, Any],
+    facts: dict[str, Any],
+    folder: Path,
+    keep: Callable[[float], None],
+    late: Callable[[int], bool],
+    say: Say,
 ) -> tuple[list[float], int]:
     """Train in place; the mean loss of every epoch, and how many pictures were seen now.
 
-    Once more, at a tenth of the rate, where the loss is not finite.
+    Once more, at a tenth of the rate, where the loss is not finite. keep: told the rate in use after every epoch;
+    late: whether no further epoch is to begin.
     """
     modules = _placed(work)
     epochs, steps = plan["epochs"], plan["steps"]
@@ -315,12 +360,18 @@ def _trained(
             seen += len(batch.labels)
             yield batch
 
-    for slower in (1.0, SLOWER):
+    for slower in (1.0, SLOWER) if plan["rate"] == 1 else (SLOWER,):
+
+        def after(epoch: int, slower: float = slower) -> bool:
+            keep(slower)
+            return late(epoch)
+
+        keep(slower)
         rates = replace(work.learner.plan, epochs=epochs, lr=work.learner.plan.lr * slower)
-        keep = Checkpoints(folder / f"rate-{slower:g}", modules, facts)
+        checkpoints = Checkpoints(folder / f"rate-{slower:g}", modules, facts)
         try:
-            loss = partial(_loss, work)
-            found = train(stages, rates, batches, steps, loss, seed=work.seed, after=after, checkpoints=keep)
+            loss = work.learner.loss
+            found = train(stages, rates, batches, steps, loss, seed=work.seed, after=after, checkpoints=checkpoints)
         except Diverged:
             modules.load_state_dict(begun)
         else:
@@ -358,11 +409,6 @@ def _rows(work: _Work, epoch: int) -> Iterator[np.ndarray]:
         yield np.stack([some, partner[some]], 1).reshape(-1)
 
 
-def _loss(work: _Work, batch: Batch) -> torch.Tensor:
-    with torch.autocast(work.device, torch.bfloat16, enabled=work.device != "cpu"):
-        return work.learner.loss(batch)
-
-
 def _set_norms(work: _Work) -> None:
     """Set the statistics of batch norms anew from pictures as they are: in training they saw spoilt or made ones."""
     norms = [m for m in work.encoder.module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
@@ -396,8 +442,7 @@ def _shown(work: _Work) -> list[Panel]:
 
 
 def _before_and_after(
-    labelled: Data | None,
-    group: str | None,
+    labelled: Dataset | None,
     backbone: Backbone,
     before: dict[str, torch.Tensor],
     saved: Backbone,
@@ -409,8 +454,7 @@ def _before_and_after(
     if labelled is None:
         return []
     backbone.module.load_state_dict(before)
-    dataset = load_data(labelled, group=group)
-    drawn = partial(curve, dataset, seed=seed, device=device, store=store, say=say)
+    drawn = partial(curve, labelled, seed=seed, device=device, store=store, say=say)
     return [("before", drawn(backbone)), ("after", drawn(saved))]
 
 

@@ -7,6 +7,7 @@ import os
 import platform
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -27,13 +28,13 @@ from regraft.budget import Budget, budget_from
 from regraft.candidates import LITTLE
 from regraft.data import Dataset, LeftOut, identity, load_data, printable, read, subset
 from regraft.doctor import examine
-from regraft.errors import DataError, RegraftError, RunError
+from regraft.errors import DataError, RegraftError, RunError, TrainingError
 from regraft.features import FeatureTable, extract
 from regraft.files import digest_json
 from regraft.finetune import Ground, fit_all, plot_of
 from regraft.flips import flips_are_harmless
 from regraft.frozen import agreement
-from regraft.gate import Gate, Rival, rank, rival_of, train_from_scratch
+from regraft.gate import Gate, Rival, rank, train_from_scratch
 from regraft.growth import Growth, grow_labels
 from regraft.heads import INPUT, Head
 from regraft.ladder import SLOWER, Climb, climb, maps_of, network_probe
@@ -168,13 +169,13 @@ def compare(
 ) -> tuple[list[Curve], Gate]:
     """The curves of several backbones, best first, and the ranking of them, the raw input and training from scratch.
 
-    backbones: as for `curve`; beside a folder that `pretrain` made, `scratch` is its network trained from random
-    weights on every fold's complement. weights: how files of weights are loaded; options: as for `curve`.
+    backbones: as for `curve`; beside what `pretrain` made, `scratch` is its network (of several, the best one's),
+    trained from random weights on every fold's complement. weights: how files of weights are loaded; options: as for
+    `curve`.
     """
     dataset = load_data(data, group=group, allow_empty_class=allow_empty_class)
     named = [os.fspath(b) if isinstance(b, os.PathLike) else b for b in backbones]
-    ours = [b for b in named if isinstance(b, str) and is_backbone_folder(b)]
-    trained = bool(ours) and SCRATCH in named
+    trained = SCRATCH in named and any(map(_pretrained_here, named))
     found = []
     for backbone in named:
         if trained and backbone == SCRATCH:
@@ -182,17 +183,19 @@ def compare(
         of_file = isinstance(backbone, str) and (len(named) == 1 or is_file_spec(backbone))
         given = {**options, **(weights or {})} if of_file else options
         found.append(curve(dataset, backbone, seed=seed, allow_empty_class=allow_empty_class, say=say, **given))
-    rivals = [
-        rival_of(one.backbone.source.spec, one.choice, pretrained=one.backbone.trained is not None) for one in found
-    ]
+    rivals = [rival_of(one) for one in found]
     first = found[0]
     rivals.append(Rival(INPUT, next(t for t in first.trials if t.name == INPUT).hits))
+    left_out = ""
     if trained:
-        own = next(one for one in found if one.backbone.source.spec == ours[0])
+        own = max((one for one in found if one.backbone.trained), key=lambda one: float(one.choice.hits.mean()))
         ground = Ground(own.backbone, own.numerics, own.bench, own.task, {t.name: t for t in own.trials}, seed)
-        with memory_kept():
-            rivals.append(Rival(SCRATCH, train_from_scratch(ground, say).hits))
-    gate = rank(rivals, first.task.groups, int(first.task.folds.max()) + 1)
+        try:
+            with memory_kept():
+                rivals.append(Rival(SCRATCH, train_from_scratch(ground, say).hits))
+        except TrainingError as e:
+            left_out = str(e)
+    gate = rank(rivals, first.task.groups, int(first.task.folds.max()) + 1, left_out)
     return sorted(found, key=lambda one: -one.choice.score.score), gate
 
 
@@ -399,6 +402,13 @@ def _curve(
     if strict:
         refuse_unsound(problems, marks_of(table, chosen), tested)
     at = time.perf_counter()
+    known = sum(table.ids[i] in backbone.classes_of for i in chosen)
+    if known:
+        warnings.warn(
+            f"{backbone.source.spec} learned the classes of {known} of these {len(chosen)} pictures when it was "
+            "pretrained: scores on them flatter it.",
+            stacklevel=3,
+        )
     bench = Bench(table, chosen, all_grey(table, chosen))
     task = task_of(table, chosen, len(dataset.labels), seed, names=dataset.labels)
     steps = len(names) + 5
@@ -412,6 +422,18 @@ def _curve(
     choice = choose(trials, task)
     seconds |= {"probes": time.perf_counter() - at}
     return Curve(backbone, trials, choice, task, table, bench, numerics, measured, problems, seconds)
+
+
+def _pretrained_here(backbone: str | nn.Module | Backbone) -> bool:
+    if isinstance(backbone, Backbone):
+        return backbone.trained is not None
+    return isinstance(backbone, str) and is_backbone_folder(backbone)
+
+
+def rival_of(found: Curve) -> Rival:
+    """A backbone as the gate sees it, by the nested procedure on its curve."""
+    known = sum(found.table.ids[i] in found.backbone.classes_of for i in found.bench.chosen)
+    return Rival(found.backbone.source.spec, found.choice.hits, found.backbone.trained is not None, known)
 
 
 def _spent(folder: Path) -> float:

@@ -211,6 +211,7 @@ def _begin_anew(body: nn.Module, fresh: nn.Module) -> None:
         reset = getattr(layer, "reset_parameters", getattr(layer, "_reset_parameters", None))
         if callable(reset):
             reset()
-    initialize_(fresh)
+    kinds = {type(layer) for layer in fresh.modules()}
+    initialize_(fresh, "sigmoid" if nn.Sigmoid in kinds and nn.ReLU not in kinds and nn.SiLU not in kinds else "relu")
     own = body.state_dict()
     body.load_state_dict({**own, **{name: t for name, t in fresh.state_dict().items() if name in own}})

@@ -6,6 +6,7 @@ picture was covered, as in He et al. 2022). The encoder is the backbone, the dec
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -17,8 +18,8 @@ from regraft.methods.encoder import Encoder, encode
 from regraft.methods.method import Batch, Method, Panel, Part, Task
 from regraft.methods.views import varied
 
-CODE = 128
-"""Numbers that a picture is rebuilt from: the code must be narrower than the picture, else copying would do."""
+CODE, NARROWER = 128, 4
+"""Numbers that a picture is rebuilt from, at most a quarter of its own: from as many, copying would do."""
 SPOILING = frozenset(("light", "erase"))
 """Views that change a picture without moving it, so that it can still be rebuilt as it was."""
 NOISE = 0.3
@@ -32,7 +33,7 @@ Spoiled = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 def autoencoder(encoder: Encoder, task: Task) -> Method:
     """Rebuild the picture itself."""
-    return _rebuilding(encoder, lambda x: (x, torch.ones_like(x)), "the picture, and as it is rebuilt")
+    return _rebuilding(encoder, None, "the picture, and as it is rebuilt")
 
 
 def denoising(encoder: Encoder, task: Task) -> Method:
@@ -56,28 +57,28 @@ def masked(encoder: Encoder, task: Task) -> Method:
     return _rebuilding(encoder, covered, "the picture, partly covered, and as it is rebuilt from that")
 
 
-def _rebuilding(encoder: Encoder, spoil: Spoiled, title: str) -> Method:
-    spec, values = encoder.preprocess, 1
-    for size in encoder.cut.shape:
-        values *= size
-    squeeze = nn.Sequential(nn.Flatten(), nn.Linear(values, CODE))
-    decoder = decoder_for(encoder.module, CODE, (spec.channels, *spec.size))
+def _rebuilding(encoder: Encoder, spoil: Spoiled | None, title: str) -> Method:
+    shape = (encoder.preprocess.channels, *encoder.preprocess.size)
+    code = max(1, min(CODE, math.prod(shape) // NARROWER))
+    squeeze = nn.Sequential(nn.Flatten(), nn.Linear(math.prod(encoder.cut.shape), code))
+    decoder = decoder_for(encoder.module, code, shape)
 
     def rebuilt(seen: torch.Tensor) -> torch.Tensor:
         x: torch.Tensor = decoder(squeeze(encode(encoder, seen)))
         return x
 
     def loss(batch: Batch) -> torch.Tensor:
-        seen, weight = spoil(batch.pictures)
-        error = F.binary_cross_entropy(rebuilt(seen).float(), batch.pictures, reduction="none")
+        x = batch.pictures
+        seen, weight = spoil(x) if spoil else (x, torch.ones_like(x))
+        error = F.binary_cross_entropy(rebuilt(seen), x, reduction="none")
         return (error * weight).sum() / weight.sum().clamp(min=1)
 
     def show(batch: Batch) -> list[Panel]:
         x = batch.pictures[:SHOWN]
+        if spoil is None:
+            return [Panel(title, tuple(zip(x, rebuilt(x), strict=True)))]
         seen, _ = spoil(x)
-        columns = (x, rebuilt(x)) if spoil_is_nothing else (x, seen, rebuilt(seen))
-        return [Panel(title, tuple(zip(*columns, strict=True)))]
+        return [Panel(title, tuple(zip(x, seen, rebuilt(seen), strict=True)))]
 
-    spoil_is_nothing = "rebuilt from that" not in title
     parts = (Part("encoder", encoder.module), Part("code", squeeze), Part("decoder", decoder))
     return Method(parts, loss, show)

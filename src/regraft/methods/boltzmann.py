@@ -60,7 +60,7 @@ def pseudo_likelihood(machine: Machine, v: torch.Tensor) -> torch.Tensor:
     """
     n, visible = v.shape
     flipped = v.clone()
-    at = (torch.arange(n), torch.randint(0, visible, (n,)))
+    at = (torch.arange(n, device=v.device), torch.randint(0, visible, (n,), device=v.device))
     flipped[at] = 1 - flipped[at]
     return visible * F.logsigmoid(machine.free_energy(flipped) - machine.free_energy(v))
 
@@ -88,7 +88,11 @@ def rbm(encoder: Encoder, task: Task) -> Method:
         down = seen_by(len(machines), x)
         for machine in reversed(machines):
             down = machine.down(down)  # type: ignore[operator]
-        title = "the picture, and what the highest layer says of it, sent down again"
+        fit = float(pseudo_likelihood(machines[0], batch.pictures.flatten(1)).mean())  # type: ignore[arg-type]
+        title = (
+            "the picture, and what the highest layer says of it, sent down again "
+            f"(pseudo-log-likelihood of the first layer: {fit:.1f})"
+        )
         strongest = layers[0].weight.norm(dim=1).topk(min(SHOWN, layers[0].out_features)).indices
         filters = layers[0].weight[strongest]
         low, high = filters.amin(1, keepdim=True), filters.amax(1, keepdim=True)

@@ -22,11 +22,6 @@ class Encoder:
     cut: Cut
     preprocess: PreprocessSpec
 
-    @property
-    def is_map(self) -> bool:
-        """Whether the values at the cut still have places: (channels, height, width)."""
-        return self.cut.layout == "NCHW" and min(self.cut.shape[1:]) > 1
-
 
 def encode(
     encoder: Encoder, x: torch.Tensor, run: Callable[[torch.Tensor], torch.Tensor] | None = None

@@ -10,6 +10,7 @@ with its weights held still.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
@@ -33,9 +34,7 @@ SHOWN = (4, 8)
 
 def gan(encoder: Encoder, task: Task) -> Method:
     """Tell pictures from generated ones, while the generator learns to make that hard."""
-    spec, values = encoder.preprocess, 1
-    for size in encoder.cut.shape:
-        values *= size
+    spec, values = encoder.preprocess, math.prod(encoder.cut.shape)
     judge, turns = (nn.Sequential(nn.Flatten(), nn.Linear(values, outputs)) for outputs in (1, 4))
     square = spec.size[0] == spec.size[1]
     generator = Decoder(NOISE, (spec.channels, *spec.size))

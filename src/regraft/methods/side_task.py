@@ -55,7 +55,7 @@ def labels(encoder: Encoder, task: Task) -> Method:
         x = batch.pictures[:SHOWN]
         said = output(features(encoder, x)).argmax(1)
         words = tuple(f"class {int(y)}, said {int(s)}" for y, s in zip(batch.labels, said, strict=False))
-        return [Panel("pictures, and what the network says", (tuple(x),), words)]
+        return [Panel("pictures, and what the network says", tuple((picture,) for picture in x), words)]
 
     return Method((Part("encoder", encoder.module), Part("output", output)), loss, show, plan=Plan(0, 2e-3))
 
