@@ -16,8 +16,9 @@ the head is judged on all test pictures. Rows, beside the methods:
 The autoencoders and the RBM train dense layers (`dense-500-250`), the other methods the small convolutional network:
 on the pictures they were developed on, autoencoders gained over random weights in dense layers alone.
 
-One row is appended to pretrained.jsonl for each set, method and draw, and what is there is not run again. The methods
-were developed on pictures of fashion/train that no draw holds, never on test pictures (`--develop`).
+One row is appended to pretrained.jsonl for each set, method and draw, with what was pretrained, and what is there is not
+run again. One network is pretrained for each method and set, and one is drawn at random: the intervals are over draws of
+labels alone. The methods were developed on pictures of fashion/train (`--develop`), never on test pictures.
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ import argparse
 import datetime
 import json
 import statistics
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -43,7 +43,7 @@ from regraft.features import FeatureTable, extract
 from regraft.finetune import Ground, fit_all
 from regraft.heads import INPUT
 from regraft.ladder import maps_of, try_alone
-from regraft.methods import METHODS
+from regraft.methods import LABELLED, METHODS
 from regraft.prepared import prepare
 from regraft.preprocess import fit_to_size
 from regraft.pretraining import SMALL, begin, pretrain
@@ -95,10 +95,11 @@ def run(name: str, options: argparse.Namespace) -> None:
         wanted = [(n, k) for n, k in draws if (name, method, n, k) not in done]
         if not wanted:
             continue
-        backbone = network(name, method, options)
+        backbone, made = network(name, method, options)
         tables = [tabled(dataset, examples, backbone) for examples in (everything, judged)]
         for n, k in wanted:
             row = {"set": name, "method": method, "labels": n, "draw": k, "date": str(datetime.date.today())}
+            row |= made
             row["accuracy"] = accuracy(method, backbone, dataset, draws[n, k], *tables, seed=k)
             print(*row.values(), flush=True)
             if not options.develop:
@@ -129,21 +130,24 @@ def drawn(dataset: Dataset, sizes: list[int], *, develop: bool) -> dict[object, 
     return out
 
 
-def network(name: str, method: str, options: argparse.Namespace) -> Backbone:
-    """The backbone of a method, pretrained now if it was not before."""
+def network(name: str, method: str, options: argparse.Namespace) -> tuple[Backbone, dict[str, object]]:
+    """The backbone of a method, pretrained now if it was not before, and how it was made."""
+    if method in LABELLED and name not in IDENTITY:
+        raise SystemExit(f"{method} would learn the classes of {name} themselves: it is for {', '.join(IDENTITY)}")
     data, out = options.data / name, options.out / name / method
     if method == "default":
-        return load_backbone()
+        return load_backbone(), {}
     arch = ARCHS.get(method, SMALL)
     if method in ("input", "scratch") or method.startswith("random"):
         few = replace(dataset := load_data(data), examples=dataset.examples[::50])
-        return begin(arch, prepare(few).preprocess, sigmoid=method == "random sigmoid")
-    started = time.perf_counter()
+        return begin(arch, prepare(few).preprocess, sigmoid=method == "random sigmoid"), {}
     group = IDENTITY.get(name) if method == "pairs" else None
     done = pretrain(data, method=method, out=out, arch=arch, group=group, budget=options.budget)
-    facts = (len(done.record["losses"]), round(done.record["pictures_per_second"]), done.record["losses"][-1])
-    print(name, method, *facts, f"{time.perf_counter() - started:.0f} s", flush=True)
-    return done.backbone
+    record = done.record
+    made = {"epochs": len(record["losses"]), "steps": record["plan"]["steps"], "weights": record["weights"]}
+    made |= {"seconds": round(record["seconds"]["total"]), "per_second": round(record["pictures_per_second"])}
+    print(name, method, *made.values(), flush=True)
+    return done.backbone, made
 
 
 def tabled(dataset: Dataset, examples: list[Example], backbone: Backbone) -> FeatureTable:

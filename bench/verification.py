@@ -2,11 +2,11 @@
 
     python bench/verification.py DATA_FOLDER OUT_FOLDER [--budget 15m] [--from SPEC]
 
-DATA_FOLDER/emoji_identity/{train,test}/IDENTITY hold 300 emoji, each drawn by several vendors. The 200 identities
-whose names have the lowest digests make the pairs to learn from; on the other 100, every pair of pictures of different
-vendors is verified by the cosine of their features at the last cut. The equal-error rate is where as many same pairs
-are refused as different ones are let through; its interval is a bootstrap over identities. Raw pixels: the cosine of
-centred pixels at 32 x 32.
+DATA_FOLDER/emoji_identity/{train,test}/IDENTITY hold 300 emoji, each drawn by several vendors; some are related, such as
+merman and mermaid, and may lie on both sides. The 200 identities whose names have the lowest digests make the pairs to
+learn from; on the other 100, every pair of pictures of different vendors is verified by the cosine of their features at
+the last cut. The equal-error rate is where as many same pairs are refused as different ones are let through; its
+interval is a bootstrap over identities. Raw pixels: the cosine of centred pixels at 32 x 32.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import argparse
 import datetime
 import hashlib
 import shutil
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -46,20 +45,18 @@ def main() -> None:
     learned, judged = names[:LEARNED], names[LEARNED:]
     if options.develop:
         learned, judged = learned[:-50], learned[-50:]
-    with tempfile.TemporaryDirectory() as folder:
-        for part, identities in (("learned", learned), ("judged", judged)):
-            for name in identities:
-                for file in source.glob(f"*/{name}/*"):
-                    place = Path(folder, part, name, f"{file.parent.parent.name}-{file.name}")
-                    place.parent.mkdir(parents=True, exist_ok=True)
-                    shutil.copyfile(file, place)
-        done = pretrain(
-            Path(folder, "learned"), method="pairs", out=options.out, start=options.start, budget=options.budget
-        )
-        pictures = load_data(Path(folder, "judged"))
-        rows = {"raw pixels": raw(pictures), "pairs": features(pictures, done.backbone)}
-        if options.start:
-            rows["before"] = features(pictures, load_backbone(options.start))
+    folder = options.out.parent / f"{options.out.name}-pictures"
+    for part, identities in (("learned", learned), ("judged", judged)):
+        for name in identities:
+            for file in source.glob(f"*/{name}/*"):
+                place = folder / part / name / f"{file.parent.parent.name}-{file.name}"
+                place.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, place)
+    done = pretrain(folder / "learned", method="pairs", out=options.out, start=options.start, budget=options.budget)
+    pictures = load_data(folder / "judged")
+    rows = {"raw pixels": raw(pictures), "pairs": features(pictures, done.backbone)}
+    if options.start:
+        rows["before"] = features(pictures, load_backbone(options.start))
     lines = [
         f"\n## Verification of emoji, {datetime.date.today()}\n",
         f"{len(learned)} identities learned from, {len(judged)} judged, {len(pictures.examples)} pictures; "
