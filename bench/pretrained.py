@@ -16,9 +16,9 @@ the head is judged on all test pictures. Rows, beside the methods:
 The autoencoders and the RBM train dense layers (`dense-500-250`), the other methods the small convolutional network:
 on the pictures they were developed on, autoencoders gained over random weights in dense layers alone.
 
-One row is appended to pretrained.jsonl for each set, method and draw, with what was pretrained, and what is there is not
-run again. One network is pretrained for each method and set, and one is drawn at random: the intervals are over draws of
-labels alone. The methods were developed on pictures of fashion/train (`--develop`), never on test pictures.
+One row is appended to pretrained.jsonl for each set, method and draw, with what was pretrained, and what is there is
+not run again. One network is pretrained for each method and set, and one is drawn at random: the intervals are over
+draws of labels alone. The methods were developed on pictures of fashion/train (`--develop`), never on test pictures.
 """
 
 from __future__ import annotations
