@@ -3,9 +3,9 @@
     python bench/verification.py DATA_FOLDER OUT_FOLDER [--budget 15m] [--from SPEC]
 
 DATA_FOLDER/emoji_identity/{train,test}/IDENTITY hold 300 emoji, each drawn by several vendors; some are related, such
-as merman and mermaid, and may lie on both sides. The 200 identities whose names have the lowest digests make the pairs to
-learn from; on the other 100, every pair of pictures of different vendors is verified by the cosine of their features at
-the last cut. The equal-error rate is where as many same pairs are refused as different ones are let through; its
+as merman and mermaid, and may lie on both sides. The 200 identities whose names have the lowest digests make the pairs
+to learn from; on the other 100, every pair of pictures of different vendors is verified by the cosine of their features
+at the last cut. The equal-error rate is where as many same pairs are refused as different ones are let through; its
 interval is a bootstrap over identities. Raw pixels: the cosine of centred pixels at 32 x 32.
 """
 
