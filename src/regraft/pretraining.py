@@ -176,7 +176,7 @@ def pretrain(
 
         def late(epoch: int) -> bool:
             last = max(int(part.opens * known["epochs"]) for part in learner.parts)
-            return epochs is None and spent.left() < 0 and epoch > last
+            return epochs is None and spent.left() < 0 and epoch >= last
 
         keep(known.get("rate", 1.0))
         facts = {**options, "steps": known["steps"], "all": known["epochs"], "pictures": pictures_are}
