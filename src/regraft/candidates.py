@@ -74,17 +74,20 @@ def beside_the_input(name: str, cut: str) -> Candidate:
     return Candidate("both probes", f"the probe on {name} beside that on the raw input", cut, cut, epochs=0, views=1)
 
 
-def from_scratch(n: int, end: str, augment: Augment) -> Candidate:
-    """The same network up to `end` with random weights, all trained on n pictures: what pretraining must beat."""
+def all_layers_alone(n: int, end: str, augment: Augment, *, scratch: bool) -> Candidate:
+    """All layers up to `end` trained on n pictures by one recipe, from random weights or from those that are there.
+
+    What is between the two is what pretraining gave.
+    """
     return Candidate(
-        "scratch",
-        "the same network trained from random weights",
+        "scratch" if scratch else "all layers",
+        f"all layers trained from {'random' if scratch else 'pretrained'} weights",
         "picture",
         end,
-        fresh="picture",
+        fresh="picture" if scratch else "",
         statistics=True,
         epochs=max(30 if n < ENOUGH else 15, -(-FEWEST_STEPS * BATCH // n)),
-        lr=3e-3,
+        lr=3e-3 if scratch else 1e-3,
         decay=1.0,
         views=8 if n < MUCH else 4,
         augment=augment,

@@ -1,7 +1,8 @@
 """Did it pay? Several backbones, the raw input and training from scratch on the same folds, and who wins how surely.
 
-Of every backbone the whole procedure is judged: the nested score of the rule that chooses its cuts. From scratch means
-the architecture that was pretrained here with random weights, all layers trained on the labelled pictures.
+Of every backbone the whole procedure is judged: the nested score of the rule that chooses its cuts. The architecture
+that was pretrained here is also trained in all its layers on the labelled pictures, once from its own weights and once
+from random ones, by one recipe: what lies between the two is what pretraining gave.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import numpy as np
 
 from regraft.attempts import Attempt
 from regraft.augment import Augment
-from regraft.candidates import LITTLE, from_scratch
+from regraft.candidates import LITTLE, all_layers_alone
 from regraft.errors import TrainingError
 from regraft.finetune import Ground
 from regraft.flips import flips_are_harmless
@@ -73,19 +74,20 @@ class Gate:
         return {"winner": self.places[0].rival.name, "paid": self.paid, "sentence": self.sentence, "ranking": rows}
 
 
-def train_from_scratch(ground: Ground, say: Say) -> Attempt:
-    """The ground's network with random weights, trained on every fold's complement.
+def train_all_layers(ground: Ground, say: Say, *, scratch: bool) -> Attempt:
+    """All layers of the ground's network trained on every fold's complement, from random weights or its own.
 
     Raises TrainingError where there are too few pictures, or where it cannot be trained.
     """
     n = len(ground.task.labels)
     if n < LITTLE:
-        raise TrainingError(f"Training from scratch must have at least {LITTLE} pictures; there are {n}.")
+        raise TrainingError(f"Training all layers must have at least {LITTLE} pictures; there are {n}.")
     harmless, _ = flips_are_harmless(ground)
-    candidate = from_scratch(n, ground.backbone.shown[-1].name, Augment(crop=True, flip=harmless))
+    augment = Augment(crop=True, flip=harmless)
+    candidate = all_layers_alone(n, ground.backbone.shown[-1].name, augment, scratch=scratch)
     attempt = try_alone(ground, candidate, say)
     if attempt.status != "finished":
-        raise TrainingError(f"The network must be one that trains from scratch; it did not: {attempt.reason}")
+        raise TrainingError(f"The network must be one whose layers can all be trained; they were not: {attempt.reason}")
     return attempt
 
 

@@ -34,7 +34,7 @@ from regraft.files import digest_json
 from regraft.finetune import Ground, fit_all, plot_of
 from regraft.flips import flips_are_harmless
 from regraft.frozen import agreement
-from regraft.gate import Gate, Rival, rank, train_from_scratch
+from regraft.gate import Gate, Rival, rank, train_all_layers
 from regraft.growth import Growth, grow_labels
 from regraft.heads import INPUT, Head
 from regraft.ladder import SLOWER, Climb, climb, maps_of, network_probe
@@ -169,9 +169,9 @@ def compare(
 ) -> tuple[list[Curve], Gate]:
     """The curves of several backbones, best first, and the ranking of them, the raw input and training from scratch.
 
-    backbones: as for `curve`; beside what `pretrain` made, `scratch` is its network (of several, the best one's),
-    trained from random weights on every fold's complement. weights: how files of weights are loaded; options: as for
-    `curve`.
+    backbones: as for `curve`; beside what `pretrain` made, `scratch` is its network (of several, the best one's) with
+    all layers trained from random weights on every fold's complement; so it is from its own weights then, too.
+    weights: how files of weights are loaded; options: as for `curve`.
     """
     dataset = load_data(data, group=group, allow_empty_class=allow_empty_class)
     named = [os.fspath(b) if isinstance(b, os.PathLike) else b for b in backbones]
@@ -192,7 +192,12 @@ def compare(
         ground = Ground(own.backbone, own.numerics, own.bench, own.task, {t.name: t for t in own.trials}, seed)
         try:
             with memory_kept():
-                rivals.append(Rival(SCRATCH, train_from_scratch(ground, say).hits))
+                scratch, further = (train_all_layers(ground, say, scratch=anew).hits for anew in (True, False))
+            frozen = rival_of(own)
+            rivals += [
+                Rival(SCRATCH, scratch),
+                replace(frozen, name=f"{frozen.name}, all layers trained", hits=further),
+            ]
         except TrainingError as e:
             left_out = str(e)
     gate = rank(rivals, first.task.groups, int(first.task.folds.max()) + 1, left_out)
