@@ -13,7 +13,7 @@ the head is judged on all test pictures. Rows, beside the methods:
     scratch    the convolutional network, all layers trained on the drawn labels, epochs by cross-validation
     default    EfficientNet-Lite0, ImageNet, frozen
 
-    METHOD tuned: all layers trained further from the pretrained weights, by the recipe of scratch at a third of its rate
+    METHOD tuned: all layers trained further from pretrained weights, by the recipe of scratch at a third of its rate
 
 The autoencoders and the RBM train dense layers (`dense-500-250`), the other methods the small convolutional network:
 on the pictures they were developed on, autoencoders gained over random weights in dense layers alone.
