@@ -38,7 +38,7 @@ import torch
 
 from choice import stratified, test_accuracy
 from regraft.augment import Augment
-from regraft.backbone import Backbone, load_backbone
+from regraft.backbone import Backbone, is_backbone_folder, load_backbone
 from regraft.candidates import all_layers_alone
 from regraft.data import Dataset, Example, load_data, subset
 from regraft.features import FeatureTable, extract
@@ -145,13 +145,14 @@ def network(name: str, method: str, options: argparse.Namespace) -> tuple[Backbo
     if method in ("input", "scratch") or method.startswith("random"):
         few = replace(dataset := load_data(data), examples=dataset.examples[::50])
         return begin(arch, prepare(few).preprocess, sigmoid=method == "random sigmoid"), {}
-    group = IDENTITY.get(name) if method == "pairs" else None
-    done = pretrain(data, method=method, out=out, arch=arch, group=group, budget=options.budget)
-    record = done.record
+    if not is_backbone_folder(str(out)):
+        group = IDENTITY.get(name) if method == "pairs" else None
+        pretrain(data, method=method, out=out, arch=arch, group=group, budget=options.budget)
+    record = json.loads((out / "record.json").read_text())
     made = {"epochs": len(record["losses"]), "steps": record["plan"]["steps"], "weights": record["weights"]}
     made |= {"seconds": round(record["seconds"]["total"]), "per_second": round(record["pictures_per_second"])}
     print(name, method, *made.values(), flush=True)
-    return done.backbone, made
+    return load_backbone(out), made
 
 
 def tabled(dataset: Dataset, examples: list[Example], backbone: Backbone) -> FeatureTable:
@@ -227,6 +228,9 @@ def table(found: list[dict[str, object]]) -> str:
             cells = []
             for n in sizes:
                 draws = [k for m, size, k in by if m == method and size == n]
+                if not draws:
+                    cells.append("–")
+                    continue
                 cell = f"{statistics.mean(by[method, n, k] for k in draws):.4f}"
                 base = [m for m in ("scratch", "input") if all((m, n, k) in by for k in draws)]
                 if method not in ("scratch", "input") and base:

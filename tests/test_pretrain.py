@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -12,6 +17,7 @@ from torch import nn
 
 import regraft
 import tiny
+from conftest import SOURCES
 from conftest import regraft as run_regraft
 from regraft.backbone import load_backbone
 from regraft.data import load_data, load_unlabelled
@@ -469,3 +475,25 @@ def test_the_budget_counts_an_interrupted_run_but_not_its_preparing_again(pictur
     run = pretrain(pictures, **given)
     assert run.record["plan"] == plan
     assert len(run.record["losses"]) == plan["epochs"]
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_bit_for_bit(pictures, tmp_path):
+    command = ["pretrain", pictures, "--method", "gan", "--epochs", 12, "--seed", 3, "--json", "--out"]
+    whole = json.loads(run_regraft(*command, tmp_path / "whole", cache=tmp_path / "store").stdout)
+    environment = {**os.environ, "PYTHONPATH": str(SOURCES), "OMP_NUM_THREADS": "1"}
+    for wanted in (1, 4, 7, 10):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "regraft", *map(str, command), str(tmp_path / "parts")],
+            env=environment,
+            stdout=subprocess.DEVNULL,
+        )
+        while not list((tmp_path / "parts").rglob(f"epoch-{wanted:05}-*")) and process.poll() is None:
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    done = run_regraft(*command, tmp_path / "parts", cache=tmp_path / "store")
+    record = json.loads(done.stdout)
+    assert record["losses"] == whole["losses"]
+    assert record["weights"] == whole["weights"]
+    assert not list((tmp_path / "parts").glob(".writing-*"))
