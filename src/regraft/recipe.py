@@ -170,7 +170,7 @@ def compare(
     """The curves of several backbones, best first, and the ranking of them, the raw input and training from scratch.
 
     backbones: as for `curve`; beside what `pretrain` made, `scratch` is its network (of several, the best one's) with
-    all layers trained from random weights on every fold's complement; so it is from its own weights then, too.
+    all layers trained from random weights on every fold's complement, and it is trained from its own weights as well.
     weights: how files of weights are loaded; options: as for `curve`.
     """
     dataset = load_data(data, group=group, allow_empty_class=allow_empty_class)
