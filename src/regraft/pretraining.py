@@ -55,6 +55,8 @@ TIMED, TIMED_SHARE = 8, 0.02
 STEP = 1.1
 """A step with its optimizer takes so many times as long as its loss and gradients."""
 SLOWER = 0.1
+FROM_RATE = 0.1
+"""Share of a method's learning rate for a network that is not at random: at more it forgets what it knows."""
 RESERVE = 0.05
 """Share of the budget that is left for what comes after training."""
 NORMED = 4096
@@ -160,6 +162,8 @@ def pretrain(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         learner = METHODS[method](encoder, Task(int(pictures.labels.max()) + 1, views))
+    if start:
+        learner = replace(learner, plan=replace(learner.plan, lr=learner.plan.lr * FROM_RATE))
     work = _Work(method, learner, encoder, pictures, seed, device)
     # What an interrupted run had prepared is not counted twice: it must not end earlier for having been stopped.
     before_that = float(record["spent"]) if record and known else 0.0
