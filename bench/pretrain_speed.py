@@ -16,7 +16,6 @@ import datetime
 import statistics
 import time
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -68,7 +67,7 @@ def measured(method: str, pictures: Pictures, steps: int, rounds: int) -> tuple[
     with memory_kept():
         for _ in range(rounds + 1):
             at = time.perf_counter()
-            train(stages, rates, batches, steps, partial(work), seed=0)
+            train(stages, rates, batches, steps, work.learner.loss, seed=0)
             ours.append(time.perf_counter() - at)
             work.modules.load_state_dict(begun)
             optimizer = torch.optim.AdamW(work.modules.parameters(), 1e-4)
