@@ -73,6 +73,7 @@ def test_every_command_runs_without_a_network_and_tries_none(cut_off, tmp_path):
     words = [
         ["fit", data, "--out", run],
         ["curve", data, "--backbone", "default", "--backbone", "scratch"],
+        ["pretrain", data, "--method", "contrastive", "--epochs", "1", "--out", str(tmp_path / "mine")],
         ["predict", run, data],
         ["evaluate", run, data],
         ["doctor", run],
