@@ -19,6 +19,7 @@ import regraft
 import tiny
 from conftest import SOURCES
 from conftest import regraft as run_regraft
+from regraft import pretraining
 from regraft.backbone import load_backbone
 from regraft.data import load_data, load_unlabelled
 from regraft.errors import ArtifactError, BackboneError, DataError, RunError, TrainingError
@@ -68,27 +69,28 @@ def test_every_method_gives_a_backbone_that_other_commands_take(method, pictures
     assert not (tmp_path / "out" / "checkpoints").exists()
 
 
-@pytest.mark.parametrize("method", ["gan", "rbm", "pairs"])
-def test_a_run_that_was_stopped_goes_on_bit_for_bit(method, pictures, tmp_path, monkeypatch):
-    from regraft import pretraining as job
-
-    given = {"method": method, "arch": arch_for(method), "epochs": 4, "device": "cpu"}
-    whole = pretrain(pictures, out=tmp_path / "whole", **given)
-    written = job.write_record
-    left = 4
+def stopped_after(writes, monkeypatch, **given):
+    """Pretrain until the record was written so many times, then interrupt; the 4th is after the first epoch."""
+    written = pretraining.write_record
 
     def stopping(folder, record):
-        nonlocal left
-        left -= 1
+        nonlocal writes
+        writes -= 1
         written(folder, record)
-        if left == 0:
+        if writes == 0:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(job, "write_record", stopping)
-    with pytest.raises(KeyboardInterrupt):
-        pretrain(pictures, out=tmp_path / "parts", **given)
-    monkeypatch.undo()
-    monkeypatch.setenv("REGRAFT_CACHE", str(tmp_path / "store"))
+    with monkeypatch.context() as patched:
+        patched.setattr(pretraining, "write_record", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(**given)
+
+
+@pytest.mark.parametrize("method", ["gan", "rbm", "pairs"])
+def test_a_run_that_was_stopped_goes_on_bit_for_bit(method, pictures, tmp_path, monkeypatch):
+    given = {"method": method, "arch": arch_for(method), "epochs": 4, "device": "cpu"}
+    whole = pretrain(pictures, out=tmp_path / "whole", **given)
+    stopped_after(4, monkeypatch, data=pictures, out=tmp_path / "parts", **given)
     assert json.loads((tmp_path / "parts" / "record.json").read_text())["status"] == "running"
     assert list((tmp_path / "parts").rglob("epoch-*.safetensors"))
     again = pretrain(pictures, out=tmp_path / "parts", **given)
@@ -230,15 +232,13 @@ def test_unreadable_pictures_are_left_out_by_name(pictures, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_is_tried_slower_then_said(pictures, tmp_path, monkeypatch):
-    from regraft import pretraining as job
-
     rates = []
 
     def diverging(stages, plan, *args, **options):
         rates.append(plan.lr)
-        raise job.Diverged(0, 1)
+        raise pretraining.Diverged(0, 1)
 
-    monkeypatch.setattr(job, "train", diverging)
+    monkeypatch.setattr(pretraining, "train", diverging)
     with pytest.raises(TrainingError, match="tenth of the learning rate"):
         pretrain(pictures, method="masked", out=tmp_path / "out", epochs=1)
     assert rates[1] == pytest.approx(rates[0] / 10)
@@ -423,19 +423,17 @@ def test_classes_that_were_learned_before_are_told(pictures, tmp_path):
 
 
 def test_a_divergence_is_remembered(pictures, tmp_path, monkeypatch):
-    from regraft import pretraining as job
-
-    real, rates = job.train, []
+    real, rates = pretraining.train, []
 
     def diverging_once(stages, plan, *args, **options):
         rates.append(plan.lr)
         if len(rates) == 1:
-            raise job.Diverged(0, 1)
+            raise pretraining.Diverged(0, 1)
         if len(rates) == 2:
             raise KeyboardInterrupt
         return real(stages, plan, *args, **options)
 
-    monkeypatch.setattr(job, "train", diverging_once)
+    monkeypatch.setattr(pretraining, "train", diverging_once)
     for stopped in (True, False):
         try:
             pretrain(pictures, method="masked", out=tmp_path / "out", epochs=1)
@@ -453,26 +451,14 @@ def test_a_network_of_a_file_is_gone_on_from(pictures, tmp_path):
     assert run.backbone.preprocess.size == (8, 8)
 
 
-def test_the_budget_counts_an_interrupted_run_but_not_its_preparing_again(pictures, tmp_path, monkeypatch):
-    from regraft import pretraining as job
-
+def test_the_epochs_that_a_budget_fixed_outlive_an_interruption(pictures, tmp_path, monkeypatch):
     given = {"method": "masked", "out": tmp_path / "out", "budget": "6s"}
-    monkeypatch.setattr(job, "MOST_EPOCHS", 6)
-    written, left = job.write_record, 3
-
-    def stopping(folder, record):
-        nonlocal left
-        left -= 1
-        written(folder, record)
-        if left == 0:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(job, "write_record", stopping)
-        with pytest.raises(KeyboardInterrupt):
-            pretrain(pictures, **given)
+    monkeypatch.setattr(pretraining, "MOST_EPOCHS", 6)
+    stopped_after(4, monkeypatch, data=pictures, **given)
     plan = json.loads((tmp_path / "out" / "record.json").read_text())["plan"]
+    monkeypatch.setattr(pretraining, "MOST_EPOCHS", 3)  # a plan made anew would have no more than these
     run = pretrain(pictures, **given)
+    assert plan["epochs"] > 3
     assert run.record["plan"] == plan
     assert len(run.record["losses"]) == plan["epochs"]
 
