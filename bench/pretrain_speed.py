@@ -89,7 +89,7 @@ def work_of(method: str, pictures: Pictures) -> _Work:
     cut = _cut_for(backbone, method)
     encoder = Encoder(split(backbone.trace, cut.name)[0].requires_grad_(True), cut, pictures.preprocess)
     learner = METHODS[method](encoder, Task(10, frozenset(VIEWS)))
-    work = _Work(method, learner, encoder, pictures, 0, "cpu")
+    work = _Work(method, learner, encoder, pictures, 0, "cpu", begun_from=False)
     work.modules.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     return work
 

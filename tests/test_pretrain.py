@@ -125,6 +125,33 @@ def test_a_run_begins_from_a_backbone(pictures, tmp_path):
     assert torch.equal(load_backbone(tmp_path / "one").module.state_dict()["conv11.weight"], before["conv11.weight"])
 
 
+def test_norms_of_a_network_that_is_gone_on_from_keep_their_statistics(pictures, tmp_path):
+    pretrain(pictures, method="masked", out=tmp_path / "one", epochs=1)
+    before = load_backbone(tmp_path / "one").module.state_dict()
+    run = pretrain(pictures, method="rotation", out=tmp_path / "two", start=str(tmp_path / "one"), epochs=2)
+    now = run.backbone.module.state_dict()
+    assert not torch.equal(now["norm11.weight"], before["norm11.weight"])
+    for name, value in before.items():
+        if "running" in name or "tracked" in name:
+            assert torch.equal(now[name], value), name
+
+
+def test_a_step_keeps_no_more_than_there_is_room_for(pictures, tmp_path, monkeypatch):
+    given = {"data": pictures, "method": "rotation", "epochs": 1, "device": "cpu"}
+    assert pretrain(**given, out=tmp_path / "roomy").record["batch"] == 64
+    assert pretrain(**given, out=tmp_path / "asked", batch=6).record["batch"] == 6
+    # Four turned views through conv11 and norm11 alone: 2 x 4 x 32 channels x 8 x 8 x 4 bytes.
+    monkeypatch.setattr(pretraining, "ROOM", 32 * 65_536)
+    assert pretrain(**given, out=tmp_path / "narrow").record["batch"] < 32
+
+
+def test_measuring_the_batch_leaves_no_trace(pictures, tmp_path):
+    given = {"data": pictures, "method": "gan", "epochs": 1, "device": "cpu"}
+    measured = pretrain(**given, out=tmp_path / "measured").record
+    asked = pretrain(**given, out=tmp_path / "asked", batch=measured["batch"]).record
+    assert measured["weights"] == asked["weights"]
+
+
 def test_a_model_on_a_pretrained_network_needs_the_folder_no_more(pictures, tmp_path):
     pretrain(pictures, method="rotation", out=tmp_path / "network", epochs=1)
     run = regraft.fit(pictures, tmp_path / "network", out=tmp_path / "run", budget="0trials")
@@ -254,7 +281,7 @@ def test_a_budget_fixes_the_epochs_before_training(pictures, tmp_path):
 def test_pairs_show_the_same_thing(pictures):
     prepared = prepare(load_data(pictures))
     method = METHODS["pairs"](encoder_of(prepared.preprocess)[1], regraft.methods.Task(3, frozenset()))
-    work = _Work("pairs", method, encoder_of(prepared.preprocess)[1], prepared, 0, "cpu")
+    work = _Work("pairs", method, encoder_of(prepared.preprocess)[1], prepared, 0, "cpu", begun_from=False)
     rows = np.concatenate(list(_rows(work, 0)))
     assert sorted(rows[0::2].tolist()) == list(range(12))
     assert (prepared.labels[rows[0::2]] == prepared.labels[rows[1::2]]).all()
@@ -282,7 +309,7 @@ def test_batch_norms_end_with_the_statistics_of_pictures_as_they_are(pictures):
     method = METHODS["masked"](encoder, regraft.methods.Task(0, frozenset()))
     first = backbone.module.get_submodule("norm11")
     first.running_mean.fill_(7.0)
-    _set_norms(_Work("masked", method, encoder, prepared, 0, "cpu"))
+    _set_norms(_Work("masked", method, encoder, prepared, 0, "cpu", begun_from=False))
     x = prepared.values.float() / 255
     with torch.no_grad():
         seen = backbone.module.get_submodule("conv11")(x)

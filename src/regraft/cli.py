@@ -282,6 +282,7 @@ def doctor(run: Path, data: str | None, as_json: bool) -> None:
 @click.option("--size", type=click.IntRange(8, 1024), help="Height and width of pictures, for small and dense.")
 @click.option("--budget", default="20m", show_default=True, metavar="TIME", help="Wall time of the whole run.")
 @click.option("--epochs", type=click.IntRange(1), help="Exactly so many epochs, instead of a budget.")
+@click.option("--batch", type=click.IntRange(4), help="Pictures of a step; by default what suits method and memory.")
 @click.option("--augment", metavar="NAMES", callback=names_given, help=VIEWS_HELP)
 @click.option("--device", type=DEVICES, default="auto", show_default=True)
 @click.option("--seed", default=0, show_default=True)

@@ -16,11 +16,12 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -46,10 +47,15 @@ from regraft.record import read_record, refuse_inside, refuse_other_options, wri
 from regraft.report import REPORT_FILE
 from regraft.store import FeatureStore
 from regraft.training import Checkpoints, Diverged, Stage, batches_of, shuffled, train
+from regraft.tuned import batch_norms
 
 SMALL = "small"
 DENSE = re.compile(r"dense((?:-[1-9]\d{0,4})+)")
 MOST_EPOCHS = 300
+ROOM = 4 << 30
+"""Bytes that a step may keep for its gradients; a method's batch is halved until it does. The same on all machines."""
+MEASURED, LEAST = 8, 16
+"""Pictures on which that is measured, and the least that are left in a batch."""
 TIMED, TIMED_SHARE = 8, 0.02
 """Steps that are timed at least, after as many that warm up, and the share of the budget that goes into it."""
 STEP = 1.1
@@ -85,6 +91,7 @@ def pretrain(
     size: int | None = None,
     budget: str = "20m",
     epochs: int | None = None,
+    batch: int | None = None,
     augment: Sequence[str] | None = None,
     seed: int = 0,
     device: str = "auto",
@@ -99,6 +106,7 @@ def pretrain(
         layers of these widths), or any name that `load_backbone` takes, with random weights. start: a backbone to go on
         from instead. size: height and width of the pictures for `small` and `dense`.
     budget: wall time of all of it; epochs: exactly so many instead. augment: names of `VIEWS`; None: all of them.
+    batch: pictures of a step; None: what suits the method, less where the network would keep more than 4 GB for it.
     labelled: class folders, or other labelled data, on which the curve is drawn before and after.
 
     A finished run is returned as it is, an interrupted one goes on. Raises RunError where `out` holds another run,
@@ -127,6 +135,7 @@ def pretrain(
         "size": size,
         "budget": budget,
         "epochs": epochs,
+        "batch": batch,
         "augment": sorted(views),
         "seed": seed,
         "labelled": os.path.abspath(asked.source) if asked and os.path.exists(asked.source) else asked is not None,
@@ -164,7 +173,8 @@ def pretrain(
         learner = METHODS[method](encoder, Task(int(pictures.labels.max()) + 1, views))
     if start:
         learner = replace(learner, plan=replace(learner.plan, lr=learner.plan.lr * FROM_RATE))
-    work = _Work(method, learner, encoder, pictures, seed, device)
+    work = _Work(method, learner, encoder, pictures, seed, device, begun_from=start is not None)
+    work = work.by(batch or _fitting(work))
     # What an interrupted run had prepared is not counted twice: it must not end earlier for having been stopped.
     before_that = float(record["spent"]) if record and known else 0.0
     spent = budget_from(budget, spent=before_that, started=None if known else begun)
@@ -184,11 +194,13 @@ def pretrain(
 
         keep(known.get("rate", 1.0))
         facts = {**options, "steps": known["steps"], "all": known["epochs"], "pictures": pictures_are}
+        facts |= {"batch": work.learner.batch}
         facts |= {"weights": backbone.source.weights}
         losses, seen = _trained(work, known, facts, folder / CHECKPOINTS, keep, late, say)
         seconds["training"] = time.perf_counter() - at
         at = time.perf_counter()
-        _set_norms(work)
+        if not work.begun_from:
+            _set_norms(work)
         panels = _shown(work)
     backbone.module.cpu().eval()
     facts = {"method": method, "data": pictures_are, "pictures": len(pictures.labels), "epochs": len(losses)}
@@ -214,6 +226,7 @@ def pretrain(
         "pictures_per_second": seen / max(seconds["training"], 1e-9),
         "curves": {name: one.to_json() | {"majority": _majority(one)} for name, one in curves},
         "seconds": seconds,
+        "batch": work.learner.batch,
         "device": work.device,
         "machine": {"python": platform.python_version(), "torch": torch.__version__, "cores": os.cpu_count()},
     }
@@ -244,7 +257,10 @@ def begin(arch: str, preprocess: PreprocessSpec, *, sigmoid: bool = False, seed:
 
 @dataclass(frozen=True)
 class _Work:
-    """What is trained, on what, and where."""
+    """What is trained, on what, and where.
+
+    begun_from: a backbone; its batch norms keep the statistics of the pictures that it has learned from.
+    """
 
     name: str
     learner: Method
@@ -252,10 +268,15 @@ class _Work:
     pictures: Pictures
     seed: int
     device: str
+    begun_from: bool
 
     @property
     def modules(self) -> nn.ModuleDict:
         return nn.ModuleDict({part.name: part.module for part in self.learner.parts})
+
+    def by(self, batch: int) -> _Work:
+        """The same with so many pictures a step."""
+        return replace(self, learner=replace(self.learner, batch=batch))
 
 
 def _views(names: Sequence[str] | None) -> frozenset[str]:
@@ -309,11 +330,8 @@ def _planned(work: _Work, epochs: int | None, budget: Budget) -> dict[str, Any]:
                 f"The method {work.name} must have an epoch for each of {least} layers; found {epochs}."
             )
         return {"epochs": epochs, "steps": steps}
-    modules = _placed(work)
-    kept = copy.deepcopy(modules.state_dict())
     taken: list[float] = []
-    devices = [torch.cuda.current_device()] if work.device != "cpu" else []
-    with torch.random.fork_rng(devices=devices):
+    with _without_trace(work):
         begun = at = time.perf_counter()
         for batch in itertools.chain.from_iterable(_batches(work, i, MOST_EPOCHS, steps) for i in itertools.count()):
             value = work.learner.loss(batch)
@@ -324,17 +342,50 @@ def _planned(work: _Work, epochs: int | None, budget: Budget) -> dict[str, Any]:
             share = (at - begun) / (budget.seconds or 1)
             if (share > TIMED_SHARE and len(taken) >= 2 * TIMED) or (share > 5 * TIMED_SHARE and len(taken) > 1):
                 break
-    modules.load_state_dict(kept)
-    modules.zero_grad(set_to_none=True)
     left = budget.left() - 2 * RESERVE * (budget.seconds or 0)
     affordable = max(1, int(left / (STEP * statistics.median(taken[len(taken) // 2 :]))))
     epochs = max(least, min(MOST_EPOCHS, -(-affordable // steps)))
     return {"epochs": epochs, "steps": max(1, min(steps, affordable // epochs))}
 
 
+def _fitting(work: _Work) -> int:
+    """The method's batch, halved until what a step keeps for its gradients fits into ROOM."""
+    kept: dict[int, int] = {}
+
+    def count(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with _without_trace(work) as modules, torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        some = next(_batches(work.by(MEASURED), 0, 1, 1))
+        value = work.learner.loss(some)
+        weights = {parameter.untyped_storage().data_ptr() for parameter in modules.parameters()}
+        each = sum(size for place, size in kept.items() if place not in weights) / len(some.labels)
+        del value  # until here it kept them all in place
+    batch = work.learner.batch
+    while batch * each > ROOM and batch // 2 >= LEAST:
+        batch //= 2
+    return batch
+
+
+@contextmanager
+def _without_trace(work: _Work) -> Iterator[nn.ModuleDict]:
+    """The modules as they train, to be tried: their values, gradients and the random numbers are as before after it."""
+    modules = _placed(work)
+    kept = copy.deepcopy(modules.state_dict())
+    devices = [torch.cuda.current_device()] if work.device != "cpu" else []
+    with torch.random.fork_rng(devices=devices):
+        yield modules
+    modules.load_state_dict(kept)
+    modules.zero_grad(set_to_none=True)
+
+
 def _placed(work: _Work) -> nn.ModuleDict:
     """All modules as they train: on their device, laid out for it."""
-    return work.modules.to(work.device, memory_format=torch.channels_last).train()  # type: ignore[call-overload,no-any-return]
+    modules: nn.ModuleDict = work.modules.to(work.device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+    for norm in batch_norms(work.encoder.module) if work.begun_from else ():
+        norm.eval()
+    return modules
 
 
 def _trained(
@@ -415,7 +466,7 @@ def _rows(work: _Work, epoch: int) -> Iterator[np.ndarray]:
 
 def _set_norms(work: _Work) -> None:
     """Set the statistics of batch norms anew from pictures as they are: in training they saw spoilt or made ones."""
-    norms = [m for m in work.encoder.module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    norms = cast(list[nn.BatchNorm2d], list(batch_norms(work.encoder.module)))
     if not norms:
         return
     work.encoder.module.eval()
