@@ -9,14 +9,16 @@ in OUT_FOLDER. For each draw the rule of `curve` chooses cuts and strength by cr
 the head is judged on all test pictures. Rows, beside the methods:
 
     input      the raw picture, linear or through a random hidden layer, chosen likewise
-    random     the same network with random weights, frozen; `random dense`, `random sigmoid` for dense layers
+    random     the same network with random weights, frozen; `random narrow`, `random dense`, `random sigmoid` for dense
+               layers
     scratch    the convolutional network, all layers trained on the drawn labels, epochs by cross-validation
     default    EfficientNet-Lite0, ImageNet, frozen
 
     METHOD tuned: all layers trained further from pretrained weights, by the recipe of scratch at a third of its rate
 
-The autoencoders and the RBM train dense layers (`dense-500-250`), the other methods the small convolutional network:
-on the pictures they were developed on, autoencoders gained over random weights in dense layers alone.
+The autoencoders and the RBM train dense layers, the other methods the small convolutional network: on the pictures they
+were developed on, autoencoders gained over random weights in dense layers alone, and those that nothing but the narrow
+code keeps from copying (plain and masked) in `dense-100-30`; in `dense-500-250` they gained nothing (rows `wide`).
 
 One row is appended to pretrained.jsonl for each set, method and draw, with what was pretrained, and what is there is
 not run again. One network is pretrained for each method and set, and one is drawn at random: the intervals are over
@@ -58,10 +60,10 @@ from regraft.tuned import run_tuned
 
 ROWS = Path(__file__).parent / "pretrained.jsonl"
 IDENTITY = {"emoji": r"([^/]+)-[^-]+$"}
-DENSE = "dense-500-250"
-ARCHS = {"autoencoder": DENSE, "denoising": DENSE, "masked": DENSE, "rbm": DENSE, "random dense": DENSE}
-ARCHS["random sigmoid"] = DENSE
-RANDOM = {"autoencoder": "random dense", "denoising": "random dense", "masked": "random dense", "rbm": "random sigmoid"}
+DENSE, NARROW = "dense-500-250", "dense-100-30"
+ARCHS = {"autoencoder": NARROW, "masked": NARROW, "random narrow": NARROW}
+ARCHS |= {"denoising": DENSE, "rbm": DENSE, "random dense": DENSE, "random sigmoid": DENSE}
+RANDOM = {"denoising": "random dense", "autoencoder": "random narrow", "masked": "random narrow", "rbm": "random sigmoid"}
 SIZES = (50, 100, 500)
 DRAWS = 5
 TUNED = " tuned"
