@@ -63,7 +63,12 @@ IDENTITY = {"emoji": r"([^/]+)-[^-]+$"}
 DENSE, NARROW = "dense-500-250", "dense-100-30"
 ARCHS = {"autoencoder": NARROW, "masked": NARROW, "random narrow": NARROW}
 ARCHS |= {"denoising": DENSE, "rbm": DENSE, "random dense": DENSE, "random sigmoid": DENSE}
-RANDOM = {"denoising": "random dense", "autoencoder": "random narrow", "masked": "random narrow", "rbm": "random sigmoid"}
+RANDOM = {
+    "denoising": "random dense",
+    "autoencoder": "random narrow",
+    "masked": "random narrow",
+    "rbm": "random sigmoid",
+}
 SIZES = (50, 100, 500)
 DRAWS = 5
 TUNED = " tuned"

@@ -5,8 +5,9 @@
 DATA_FOLDER/emoji_identity/{train,test}/IDENTITY hold 300 emoji, each drawn by several vendors; some are related, such
 as merman and mermaid, and may lie on both sides. The 200 identities whose names have the lowest digests make the pairs
 to learn from; on the other 100, every pair of pictures of different vendors is verified by the cosine of their features
-at the last cut. The equal-error rate is where as many same pairs are refused as different ones are let through; its
-interval is a bootstrap over identities. Raw pixels: the cosine of centred pixels at 32 x 32.
+at the last cut, standardised by those of the pictures learned from, as the method does in training. The equal-error
+rate is where as many same pairs are refused as different ones are let through; its interval is a bootstrap over
+identities. Raw pixels: the cosine of centred pixels at 32 x 32. Before: the backbone that pairs went on from.
 """
 
 from __future__ import annotations
@@ -54,9 +55,10 @@ def main() -> None:
                 shutil.copyfile(file, place)
     done = pretrain(folder / "learned", method="pairs", out=options.out, start=options.start, budget=options.budget)
     pictures = load_data(folder / "judged")
-    rows = {"raw pixels": raw(pictures), "pairs": features(pictures, done.backbone)}
+    known = load_data(folder / "learned")
+    rows = {"raw pixels": raw(pictures), "pairs": standardised(pictures, known, done.backbone)}
     if options.start:
-        rows["before"] = features(pictures, load_backbone(options.start))
+        rows["before"] = standardised(pictures, known, load_backbone(options.start))
     lines = [
         f"\n## Verification of emoji, {datetime.date.today()}\n",
         f"{len(learned)} identities learned from, {len(judged)} judged, {len(pictures.examples)} pictures; "
@@ -91,8 +93,14 @@ def raw(pictures: Dataset) -> np.ndarray:
     return unit(torch.stack(rows))
 
 
-def features(pictures: Dataset, backbone: Backbone) -> np.ndarray:
-    """Unit vectors of the means at the last cut."""
+def standardised(pictures: Dataset, known: Dataset, backbone: Backbone) -> np.ndarray:
+    """Unit vectors of the features, less the mean and over the deviation that those of the known pictures have."""
+    here, there = features(pictures, backbone), features(known, backbone)
+    return torch.nn.functional.normalize((here - there.mean(0)) / (there.std(0) + 1e-3), dim=1).numpy()
+
+
+def features(pictures: Dataset, backbone: Backbone) -> torch.Tensor:
+    """Their means over places at the last cut, float32 (n, dim)."""
     frozen = freeze_lower(
         backbone.trace, [backbone.shown[-1].name], backbone.preprocess, pick_numerics("cpu", "float32")
     )
@@ -102,8 +110,7 @@ def features(pictures: Dataset, backbone: Backbone) -> np.ndarray:
         x = torch.stack([fit_to_size(read(e).decode().pixels, backbone.preprocess) for e in some])
         grid = as_grid(values_at_cuts(frozen, x)[0], frozen.cuts[0], frozen.parts[0])
         rows.append(torch.from_numpy(grid.astype(np.float32)).mean(1))
-    x = torch.cat(rows)
-    return torch.nn.functional.normalize(x, dim=1).numpy()
+    return torch.cat(rows)
 
 
 def unit(x: torch.Tensor) -> np.ndarray:

@@ -105,7 +105,8 @@ def pretrain(
     method: a name of `METHODS`. arch: `small` (a small convolutional network, the default), `dense-500-250` (dense
         layers of these widths), or any name that `load_backbone` takes, with random weights. start: a backbone to go on
         from instead. size: height and width of the pictures for `small` and `dense`.
-    budget: wall time of all of it; epochs: exactly so many instead. augment: names of `VIEWS`; None: all of them.
+    budget: wall time of all of it; epochs: exactly so many instead. augment: names of `VIEWS`; None: all of them, but
+        neither light nor noise where labels say what a picture shows.
     batch: pictures of a step; None: what suits the method, less where the network would keep more than 4 GB for it.
     labelled: class folders, or other labelled data, on which the curve is drawn before and after.
 
@@ -115,9 +116,9 @@ def pretrain(
     begun = time.monotonic()
     if budget_from(budget).seconds is None:
         raise RunError(f"The budget of pretraining must be a time, such as 20m; found {budget!r}: or pass --epochs.")
-    views = _views(augment)
     if method not in METHODS:
         raise TrainingError(f"The method must be one of {', '.join(METHODS)}; found {method!r}.")
+    views = _views(augment, method)
     if arch and start:
         raise BackboneError("A network begins at random (--arch) or from a backbone (--from), not both.")
     _refuse_idle(method, arch, start, group, size)
@@ -279,11 +280,13 @@ class _Work:
         return replace(self, learner=replace(self.learner, batch=batch))
 
 
-def _views(names: Sequence[str] | None) -> frozenset[str]:
+def _views(names: Sequence[str] | None, method: str) -> frozenset[str]:
     unknown = sorted(set(names or ()) - set(VIEWS))
     if unknown:
         raise TrainingError(f"Pictures can be varied by {', '.join(VIEWS)} in pretraining; found {unknown[0]!r}.")
-    return frozenset(VIEWS if names is None else names)
+    if names is None:  # without labels colours must not give a picture away; with them they may say what it shows
+        return frozenset(("crop", "flip", "erase") if method in LABELLED else VIEWS)
+    return frozenset(names)
 
 
 def _refuse_idle(method: str, arch: str | None, start: str | None, group: str | None, size: int | None) -> None:
