@@ -136,6 +136,12 @@ def test_norms_of_a_network_that_is_gone_on_from_keep_their_statistics(pictures,
             assert torch.equal(now[name], value), name
 
 
+@pytest.mark.parametrize(("method", "light"), [("pairs", False), ("labels", False), ("contrastive", True)])
+def test_colours_are_left_alone_where_they_may_say_what_a_picture_shows(method, light, pictures, tmp_path):
+    run = pretrain(pictures, method=method, out=tmp_path / "out", epochs=1)
+    assert ("light" in run.record["options"]["augment"]) is light
+
+
 def test_a_step_keeps_no_more_than_there_is_room_for(pictures, tmp_path, monkeypatch):
     given = {"data": pictures, "method": "rotation", "epochs": 1, "device": "cpu"}
     assert pretrain(**given, out=tmp_path / "roomy").record["batch"] == 64

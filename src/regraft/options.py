@@ -33,7 +33,7 @@ ARCH_TO_PRETRAIN_HELP = (
     "small (convolutional, for small pictures, the default), dense-500-250 (dense layers of these widths), a timm "
     "name, torchvision/NAME or package.module:function, with random weights."
 )
-VIEWS_HELP = "What pictures are varied by: crop, flip, light, erase, noise; none. Default: all of them."
+VIEWS_HELP = "Any of crop, flip, light, erase, noise, or none. Default: all; for pairs and labels crop, flip, erase."
 COVERAGE_HELP = "Least share of the parameters wanted that must be loaded."
 ON_BAD_HELP = "What unreadable pictures mean: exit code 1 after all others are done, or nothing but a line each."
 DEVICES = click.Choice(["auto", "cpu", "cuda"])
