@@ -1,6 +1,7 @@
-"""Does pretraining without the task's labels pay? Accuracy with 50, 100 and 500 labels, five draws of each.
+"""Does pretraining without the task's labels pay? Accuracy with 50, 100 and 500 labels, five draws of each or more.
 
     python bench/pretrained.py DATA_FOLDER OUT_FOLDER [--sets fashion,silhouettes,emoji] [--budget 15m] [--methods ...]
+                                [--sizes 100] [--draws 20]
     python bench/pretrained.py --table
 
 DATA_FOLDER/SET/{train,test}/CLASS hold the pictures; for fashion all 60,000. A network is pretrained once for each
@@ -37,6 +38,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from scipy.stats import t as student
 
 from choice import stratified, test_accuracy
 from regraft.augment import Augment
@@ -84,6 +86,7 @@ def main() -> None:
     parser.add_argument("--methods", default="input,random,scratch,default,contrastive")
     parser.add_argument("--budget", default="15m")
     parser.add_argument("--sizes", default=",".join(map(str, SIZES)))
+    parser.add_argument("--draws", type=int, default=DRAWS)
     parser.add_argument("--develop", action="store_true", help="Judge on training pictures; nothing is appended.")
     parser.add_argument("--table", action="store_true")
     options = parser.parse_args()
@@ -97,7 +100,7 @@ def main() -> None:
 def run(name: str, options: argparse.Namespace) -> None:
     """All methods on one set."""
     dataset = load_data(options.data / name, group=IDENTITY.get(name))
-    draws = drawn(dataset, [int(n) for n in options.sizes.split(",")], develop=options.develop)
+    draws = drawn(dataset, [int(n) for n in options.sizes.split(",")], options.draws, develop=options.develop)
     judged = draws.pop("judged")
     everything = sorted({e for chosen in draws.values() for e in chosen}, key=lambda e: e.where)
     for method in options.methods.split(","):
@@ -123,7 +126,7 @@ def rows() -> list[dict[str, object]]:
     return list({(r["set"], r["method"], r["labels"], r["draw"]): r for r in found}.values())
 
 
-def drawn(dataset: Dataset, sizes: list[int], *, develop: bool) -> dict[object, list[Example]]:
+def drawn(dataset: Dataset, sizes: list[int], count: int, *, develop: bool) -> dict[object, list[Example]]:
     """Training pictures by (labels, draw), and those that all are judged on under `judged`."""
     train = list(subset(dataset, "train", "validation").examples)
     judged = list(subset(dataset, "test").examples)
@@ -135,7 +138,7 @@ def drawn(dataset: Dataset, sizes: list[int], *, develop: bool) -> dict[object, 
     labels = np.array([e.label for e in train])
     out: dict[object, list[Example]] = {"judged": judged}
     for n in sizes:
-        for k in range(DRAWS):
+        for k in range(count):
             out[n, k] = [train[i] for i in stratified(labels, n, np.random.default_rng([n, k]))]
     return out
 
@@ -239,13 +242,16 @@ def table(found: list[dict[str, object]]) -> str:
                     cells.append("–")
                     continue
                 cell = f"{statistics.mean(by[method, n, k] for k in draws):.4f}"
-                base = [m for m in ("scratch", "input") if all((m, n, k) in by for k in draws)]
+                base = [m for m in ("scratch", "input") if any((m, n, k) in by for k in draws)]
                 if method not in ("scratch", "input") and base:
-                    best = max(base, key=lambda m: statistics.mean(by[m, n, k] for k in draws))
-                    cell += f" ({interval([by[method, n, k] - by[best, n, k] for k in draws])})"
+                    both = [k for k in draws if all((m, n, k) in by for m in base)]
+                    best = max(base, key=lambda m: statistics.mean(by[m, n, k] for k in both))
+                    cell += f" ({interval([by[method, n, k] - by[best, n, k] for k in both])})"
                 if n == 100 and method in METHODS:
                     same = RANDOM.get(method, "random")
-                    cell += f" [{interval([by[method, n, k] - by[same, n, k] for k in draws])} over {same}]"
+                    both = [k for k in draws if (same, n, k) in by]
+                    cell += f" [{interval([by[method, n, k] - by[same, n, k] for k in both])} over {same}"
+                    cell += f", {len(both)} draws]" if len(both) > DRAWS else "]"
                 cells.append(cell)
             lines.append(f"| {method} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -256,8 +262,7 @@ def interval(differences: list[float]) -> str:
     mean = statistics.mean(differences)
     if len(differences) < 2:
         return f"{100 * mean:+.1f}"
-    t = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}.get(len(differences), 2.0)
-    half = t * statistics.stdev(differences) / len(differences) ** 0.5
+    half = float(student.ppf(0.975, len(differences) - 1)) * statistics.stdev(differences) / len(differences) ** 0.5
     return f"{100 * mean:+.1f}, {100 * (mean - half):+.1f} to {100 * (mean + half):+.1f}"
 
 
