@@ -224,7 +224,10 @@ def _pictures(table: FeatureTable, backbone: Backbone) -> Iterator[torch.Tensor]
 
 
 def table(found: list[dict[str, object]]) -> str:
-    """Mean accuracy over draws by set and labels, and the paired gain over the better of scratch and input."""
+    """Mean accuracy over five draws by set and labels, and paired gains over the better of scratch and input.
+
+    Those over random weights are of all draws that there are.
+    """
     lines = []
     for name in dict.fromkeys(r["set"] for r in found):
         sizes = sorted({int(r["labels"]) for r in found if r["set"] == name})  # type: ignore[call-overload]
@@ -241,7 +244,7 @@ def table(found: list[dict[str, object]]) -> str:
                 if not draws:
                     cells.append("–")
                     continue
-                cell = f"{statistics.mean(by[method, n, k] for k in draws):.4f}"
+                cell = f"{statistics.mean(by[method, n, k] for k in draws if k < DRAWS):.4f}"
                 base = [m for m in ("scratch", "input") if any((m, n, k) in by for k in draws)]
                 if method not in ("scratch", "input") and base:
                     both = [k for k in draws if all((m, n, k) in by for m in base)]
