@@ -195,8 +195,7 @@ def pretrain(
 
         keep(known.get("rate", 1.0))
         facts = {**options, "steps": known["steps"], "all": known["epochs"], "pictures": pictures_are}
-        facts |= {"batch": work.learner.batch}
-        facts |= {"weights": backbone.source.weights}
+        facts |= {"batch": work.learner.batch, "weights": backbone.source.weights}
         losses, seen = _trained(work, known, facts, folder / CHECKPOINTS, keep, late, say)
         seconds["training"] = time.perf_counter() - at
         at = time.perf_counter()
