@@ -25,7 +25,7 @@ from torch import nn
 
 from regraft.ahead import in_order
 from regraft.architecture import is_user_function
-from regraft.backbone import CUSTOM, Backbone, Source, load_backbone, rebuild
+from regraft.backbone import CUSTOM, MODEL, Backbone, Source, load_backbone, rebuild
 from regraft.cut import lower_at
 from regraft.data import Example, Raw, open_picture, pixel_digest, read
 from regraft.errors import ArtifactError, PictureError
@@ -35,10 +35,9 @@ from regraft.heads import INPUT, Head, View
 from regraft.numerics import Numerics, pick_numerics
 from regraft.operations import operations_from_json
 from regraft.preprocess import PreprocessSpec, fit_to_size, input_spec, spec_from_json
-from regraft.sealed import Kind, read_manifest, read_tensors, write_sealed
+from regraft.sealed import read_manifest, read_tensors, write_sealed
 from regraft.tuned import PICTURE, Plot, Tuned, grow, plot_from_json, run_tuned
 
-MODEL = Kind("model", 1, "model.json", "model.safetensors", "regraft fit", "fit")
 DECODERS = 2
 
 

@@ -24,7 +24,7 @@ from regraft.cut import lower_at, split
 from regraft.described import as_operations
 from regraft.errors import ArtifactError, BackboneError, ReaderError
 from regraft.files import digest
-from regraft.graph import Cut, Trace, trace
+from regraft.graph import Cut, Trace, find_cut, trace
 from regraft.networks.embedded import EMBEDDED
 from regraft.operations import Operations, build, operations_from_json
 from regraft.preprocess import PreprocessSpec, plain_spec, spec_from_json
@@ -36,6 +36,7 @@ SCRATCH = "scratch"
 CUSTOM = "custom"
 DESCRIBED = "operations"
 FOLDER = Kind("backbone", 1, "backbone.json", "backbone.safetensors", "regraft pretrain", "pretrain")
+MODEL = Kind("model", 1, "model.json", "model.safetensors", "regraft fit", "fit")
 
 
 class WeightOptions(TypedDict, total=False):
@@ -76,8 +77,8 @@ class Backbone:
     module: regraft's own copy; trace: its graph and cuts; preprocess: how pictures become its input.
     operations: the network as a file describes it, or config: as its library does; a saved model carries either.
     coverage: what was loaded from a file of weights, where one was.
-    trained: the cut up to which regraft itself pretrained it, where it did; classes_of: digests of the pictures whose
-    classes it learned then.
+    trained: the cut up to which regraft itself trained it before, where it did; classes_of: digests of the pictures
+    whose classes it learned then.
     """
 
     module: nn.Module
@@ -101,7 +102,7 @@ class Backbone:
     def ends(self) -> str | None:
         """Why there are no cuts further up, where weights are missing there."""
         if self.trained and len(self.cuts) < len(self.trace.cuts):
-            return f"the curve ends at {self.cuts[-1].name}: what lies above was not pretrained"
+            return f"the curve ends at {self.cuts[-1].name}: what lies above was not trained or kept"
         if not self.coverage or len(self.cuts) == len(self.trace.cuts):
             return None
         fresh = next(name for name in self.module.state_dict() if name in self.coverage.fresh)
@@ -126,9 +127,9 @@ def load_backbone(
 
     spec: `default` (EfficientNet-Lite0, ImageNet, no download), `scratch` (the same network with random weights drawn
         from `seed`), a timm name (`resnet50.a1_in1k`), `torchvision/NAME`, `hf/ORG/NAME` or a local folder of that
-        layout, a folder made by `regraft pretrain`, a file of any framework (see `read_checkpoint`), or any
-        `nn.Module` together with `example`, a batch of the input it takes, (n, channels, height, width). The module is
-        copied: the caller's stays as it is.
+        layout, a folder made by `regraft pretrain` or `regraft fit`, a file of any framework (see `read_checkpoint`),
+        or any `nn.Module` together with `example`, a batch of the input it takes, (n, channels, height, width). The
+        module is copied: the caller's stays as it is.
     pretrained: False for random weights, drawn from `seed`, for a network by name or a function of yours.
     preprocess: instead of what the network states; networks that state nothing get their input stretched to their
         size with values in [0, 1], or in 0..255 where a file's network scales those itself.
@@ -168,8 +169,8 @@ def load_backbone(
 
 
 def is_backbone_folder(spec: str) -> bool:
-    """Whether this is the path of a folder that holds a backbone, as `save_backbone` writes it."""
-    return (Path(spec) / FOLDER.manifest).exists()
+    """Whether this is a folder that holds a backbone, as `save_backbone` writes it, or a model, as `fit` saves it."""
+    return any((Path(spec) / kind.manifest).exists() for kind in (FOLDER, MODEL))
 
 
 def described_backbone(module: nn.Module, preprocess: PreprocessSpec, spec: str) -> Backbone:
@@ -235,21 +236,7 @@ def rebuild(
     operations or config, tensors: of a network that the model describes itself, which then holds all its weights.
     Raises BackboneError for a module that was given in Python: only its owner can build it again.
     """
-    if source.architecture == CUSTOM:
-        raise BackboneError(
-            "This model was fitted on a module given in Python: load it with regraft.load_model(path, backbone=module)."
-        )
-    if operations:
-        module: nn.Module = build(operations, tensors)
-    elif config:
-        module = from_config(config, tensors or {})
-    elif is_user_function(source.architecture):
-        raise BackboneError(
-            f"This model was fitted on {source.architecture}, code that a saved model may not start by itself: load it "
-            "with regraft.load_model(path, backbone=module)."
-        )
-    else:
-        module = architecture(source.architecture, pretrained=False).module
+    module = _network(source, operations, config, tensors)
     return _assemble(module, _blank(preprocess), preprocess, source, operations, config=config)
 
 
@@ -308,27 +295,68 @@ def _from_file(
 
 
 def _from_folder(spec: str) -> Backbone:
-    """The backbone that `save_backbone` wrote; its cuts end where it was trained."""
+    """The backbone that `save_backbone` wrote, or that of a saved model; its cuts end where it was trained."""
     place = Path(spec)
-    manifest = read_manifest(place, FOLDER)
+    kind = FOLDER if (place / FOLDER.manifest).exists() else MODEL
+    manifest = read_manifest(place, kind)
     try:
-        tensors = read_tensors(place, FOLDER, manifest)
-        source = replace(Source(**manifest["backbone"]), spec=spec)
-        preprocess, trained = spec_from_json(manifest["preprocess"]), str(manifest["trained"])
+        tensors = read_tensors(place, kind, manifest)
+        if manifest["backbone"] is None:
+            raise BackboneError(f"A model that is a backbone must reuse a network's layers; {spec} reads pixels alone.")
+        source = replace(Source(**manifest["backbone"]), spec=spec, weights="")
+        preprocess = spec_from_json(manifest["preprocess"])
         operations = operations_from_json(manifest["operations"]) if manifest["operations"] else None
         config = manifest["config"]
         classes_of = frozenset(manifest["facts"].get("classes_of", ()))
+        tensors, ends = (tensors, [str(manifest["trained"])]) if kind is FOLDER else _of_model(tensors, manifest)
     except (KeyError, TypeError) as e:
-        raise ArtifactError(f"{place / FOLDER.manifest} must describe a backbone of regraft: {e!r}.") from e
-    if operations or config:
-        module: nn.Module = build(operations, tensors) if operations else from_config(config, tensors)
-    else:
-        module = architecture(source.architecture, pretrained=False).module
-        module.load_state_dict(tensors)
+        raise ArtifactError(f"{place / kind.manifest} must describe a {kind.word} of regraft: {e!r}.") from e
+    module = _network(source, operations, config, tensors)
+    if not (operations or config):
+        module.load_state_dict(tensors, strict=kind is FOLDER)
     found = _assemble(module, _blank(preprocess), preprocess, source, operations, config=config)
-    above = set(module.state_dict()) - set(split(found.trace, trained)[0].state_dict())
-    cuts = _reusable(found.trace, frozenset(above))
+    trained = max(ends, key=lambda name: find_cut(found.trace, name).depth)
+    below = set(split(found.trace, trained)[0].state_dict())
+    if not below <= tensors.keys():
+        raise ArtifactError(f"{place / kind.weights} must hold all layers up to {trained}; it does not: fit it anew.")
+    cuts = _reusable(found.trace, frozenset(set(module.state_dict()) - below))
     return replace(found, trained=trained, classes_of=classes_of, cuts=cuts)
+
+
+def _network(
+    source: Source,
+    operations: Operations | None,
+    config: Mapping[str, Any] | None,
+    tensors: Mapping[str, torch.Tensor] | None,
+) -> nn.Module:
+    """The network of a file that regraft wrote; with random weights where the file does not describe it."""
+    if source.architecture == CUSTOM:
+        raise BackboneError(
+            "This model was fitted on a module given in Python: load it with regraft.load_model(path, backbone=module)."
+        )
+    if operations:
+        return build(operations, tensors)
+    if config:
+        return from_config(config, tensors or {})
+    if is_user_function(source.architecture):
+        raise BackboneError(
+            f"This model was fitted on {source.architecture}, code that a saved model may not start by itself: load it "
+            "with regraft.load_model(path, backbone=module)."
+        )
+    return architecture(source.architecture, pretrained=False).module
+
+
+def _of_model(
+    tensors: Mapping[str, torch.Tensor], manifest: Mapping[str, Any]
+) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """The network's tensors in a saved model, the trained ones over the frozen, and the cuts up to which they reach."""
+    ends = [name for name in manifest["head"]["cuts"] if name != "input"]
+    known = {name.removeprefix("lower."): t for name, t in tensors.items() if name.startswith("lower.")}
+    tuned = manifest["tuned"]
+    if tuned and tuned["cut"] != "input":
+        ends = [tuned["views"][-1]["cut"]]
+        known |= {name.removeprefix("tuned.body."): t for name, t in tensors.items() if name.startswith("tuned.body.")}
+    return known, ends
 
 
 def _picture_shape(known: tuple[int | None, ...] | None) -> tuple[int, int, int] | None:

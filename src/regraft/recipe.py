@@ -294,6 +294,8 @@ def fit(
         at = time.perf_counter()
         model, climbed = _grown(ground, climbed, found.choice.score, probed, folder / CHECKPOINTS, say)
     facts = {"score": asdict(climbed.score), "agreement": measured, "examples": len(found.task.labels)}
+    if model.tuned is not None:
+        facts["classes_of"] = sorted({found.table.ids[i] for i in found.bench.chosen})
     save_model(model, network, folder, facts)
     seconds["final"] = time.perf_counter() - at
     at = time.perf_counter()
@@ -411,7 +413,7 @@ def _curve(
     if known:
         warnings.warn(
             f"{backbone.source.spec} learned the classes of {known} of these {len(chosen)} pictures when it was "
-            "pretrained: scores on them flatter it.",
+            "trained: scores on them flatter it.",
             stacklevel=3,
         )
     bench = Bench(table, chosen, all_grey(table, chosen))
