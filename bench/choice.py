@@ -23,10 +23,11 @@ import torch
 
 from regraft.backbone import load_backbone
 from regraft.data import Dataset, from_arrays, load_data, read, subset
+from regraft.depth_curve import faithful_numerics
 from regraft.features import FeatureTable, extract
 from regraft.heads import INPUT
 from regraft.probe import Bench, Task, Trial, all_grey, fit_head
-from regraft.recipe import curve, faithful_numerics
+from regraft.recipe import curve
 from regraft.search import choose, run_trials
 from regraft.splits import fold_assignments, together
 from regraft.store import open_store

@@ -33,12 +33,12 @@ from regraft.backbone import Backbone, load_backbone
 from regraft.candidates import Candidate
 from regraft.cut import split
 from regraft.data import Dataset, load_data, read, subset
+from regraft.depth_curve import faithful_numerics
 from regraft.finetune import Ground, fit_all
 from regraft.ladder import maps_of
 from regraft.learned import task_of
 from regraft.preprocess import fit_to_size, normalise
 from regraft.probe import Bench, all_grey
-from regraft.recipe import faithful_numerics
 from regraft.search import run_trials
 from regraft.tuned import PICTURE, Grown, run_tuned
 

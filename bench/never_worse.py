@@ -39,7 +39,7 @@ from regraft.allocator import memory_kept
 from regraft.data import Dataset, load_data, read, subset
 from regraft.networks.embedded import EMBEDDED, load_embedded_weights
 from regraft.networks.small import FEATURES, small_network
-from regraft.preprocess import fit_to_size, input_spec, normalise
+from regraft.preprocess import fit_to_size, input_spec, normalise, plain_spec
 from regraft.scores import paired_difference
 
 ROWS = Path(__file__).parent / "never_worse.jsonl"
@@ -136,6 +136,8 @@ def train_rival(dataset: Dataset, rival: str, seed: int, *, mirrored: bool) -> l
     model = model.to(memory_format=torch.channels_last)
     learned, tested = subset(dataset, "train", "validation").examples, subset(dataset, "test").examples
     pictures = [read(e).decode().pixels for e in learned]
+    if rival == "scratch":  # it sees 32 x 32 of them: no need to shrink large ones anew for every crop
+        pictures = [fit_to_size(p, plain_spec(64, 64, 3)).permute(1, 2, 0).numpy() for p in pictures]
     labels = torch.tensor([e.label for e in learned])
     top = [*head.parameters()]
     body = [p for p in model.parameters() if all(p is not q for q in top)]

@@ -25,7 +25,8 @@ from regraft.cut import split
 from regraft.data import load_data, subset
 from regraft.methods import METHODS, VIEWS, Batch, Encoder, Task
 from regraft.prepared import Pictures, prepare
-from regraft.pretraining import _batches, _cut_for, _Work, begin
+from regraft.pretrain_steps import Work, batches_of_epoch
+from regraft.pretraining import begin, cut_for
 from regraft.training import Plan, Stage, train
 
 RESULTS = Path(__file__).parent / "RESULTS.md"
@@ -57,12 +58,12 @@ def measured(method: str, pictures: Pictures, steps: int, rounds: int) -> tuple[
     work = work_of(method, pictures)
     plan, stages = work.learner.plan, [Stage("all", tuple(work.modules.parameters()))]
     rates = Plan(1, plan.lr, plan.warmup, plan.weight_decay, plan.clipping, plan.falls, plan.rule, plan.betas)
-    ready = list(_batches(work, 0, 1, steps))
+    ready = list(batches_of_epoch(work, 0, 1, steps))
     begun = copy.deepcopy(work.modules.state_dict())
     ours, bare = [], []
 
     def batches(epoch: int) -> Iterator[Batch]:
-        return _batches(work, epoch, 1, steps)
+        return batches_of_epoch(work, epoch, 1, steps)
 
     with memory_kept():
         for _ in range(rounds + 1):
@@ -83,13 +84,13 @@ def measured(method: str, pictures: Pictures, steps: int, rounds: int) -> tuple[
     return seen / statistics.median(ours[1:]), statistics.median(a / b for a, b in zip(ours[1:], bare[1:], strict=True))
 
 
-def work_of(method: str, pictures: Pictures) -> _Work:
+def work_of(method: str, pictures: Pictures) -> Work:
     """What `pretrain` trains."""
     backbone = begin("dense-500-250" if method == "rbm" else "small", pictures.preprocess, sigmoid=method == "rbm")
-    cut = _cut_for(backbone, method)
+    cut = cut_for(backbone, method)
     encoder = Encoder(split(backbone.trace, cut.name)[0].requires_grad_(True), cut, pictures.preprocess)
     learner = METHODS[method](encoder, Task(10, frozenset(VIEWS)))
-    work = _Work(method, learner, encoder, pictures, 0, "cpu", begun_from=False)
+    work = Work(method, learner, encoder, pictures, 0, "cpu", begun_from=False)
     work.modules.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     return work
 

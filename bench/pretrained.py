@@ -45,6 +45,7 @@ from regraft.augment import Augment
 from regraft.backbone import Backbone, is_backbone_folder, load_backbone
 from regraft.candidates import all_layers_alone
 from regraft.data import Dataset, Example, load_data, subset
+from regraft.depth_curve import faithful_numerics
 from regraft.features import FeatureTable, extract
 from regraft.finetune import Ground, fit_all
 from regraft.heads import INPUT
@@ -54,7 +55,6 @@ from regraft.prepared import prepare
 from regraft.preprocess import fit_to_size
 from regraft.pretraining import SMALL, begin, pretrain
 from regraft.probe import Bench, Task, all_grey
-from regraft.recipe import faithful_numerics
 from regraft.search import choose, run_trials
 from regraft.splits import fold_assignments, together
 from regraft.store import open_store

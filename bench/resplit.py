@@ -23,10 +23,10 @@ from sklearn.preprocessing import Normalizer, StandardScaler
 
 from regraft.backbone import load_backbone
 from regraft.data import load_data
+from regraft.depth_curve import faithful_numerics
 from regraft.features import FeatureTable, extract
 from regraft.learned import task_of
 from regraft.probe import Bench, all_grey, fit_head
-from regraft.recipe import faithful_numerics
 from regraft.search import choose, run_trials
 from regraft.splits import together
 from regraft.store import open_store

@@ -77,10 +77,10 @@ def ours(photos: Path) -> dict[str, float]:
 
     from regraft.backbone import load_backbone
     from regraft.data import load_data
+    from regraft.depth_curve import faithful_numerics
     from regraft.features import extract
     from regraft.learned import task_of
     from regraft.probe import Bench, all_grey
-    from regraft.recipe import faithful_numerics
     from regraft.search import choose, run_trials
     from regraft.store import open_store
 

@@ -27,6 +27,7 @@ from regraft.augment import Augment, augmented
 from regraft.backbone import Backbone, load_backbone
 from regraft.candidates import Candidate
 from regraft.data import Example, load_data, read, subset
+from regraft.depth_curve import faithful_numerics
 from regraft.features import extract
 from regraft.finetune import Ground, begin, train_fold, trains_in_bfloat16
 from regraft.frozen import FrozenLower, as_map, freeze_lower, values_at_cuts
@@ -35,7 +36,6 @@ from regraft.learned import consistent, task_of
 from regraft.maps import Maps, picture_views
 from regraft.preprocess import fit_to_size
 from regraft.probe import Bench, all_grey
-from regraft.recipe import faithful_numerics
 from regraft.scores import paired_difference
 from regraft.search import run_trials
 from regraft.store import open_store

@@ -13,10 +13,10 @@ import tiny
 from regraft.artifact import assemble, load_model, save_model
 from regraft.augment import Augment
 from regraft.budget import budget_from
+from regraft.final_fit import _both_probes
 from regraft.heads import INPUT
 from regraft.ladder import climb, network_probe
 from regraft.probe import fit_head
-from regraft.recipe import _both_probes
 from regraft.scores import Interval
 
 STATED = Interval(0.5, 0.4, 0.6)
@@ -71,14 +71,15 @@ def test_the_saved_head_sums_what_was_judged(ground, tmp_path, share):
 
 
 def test_a_fine_tuned_part_is_saved_beside_the_probe_and_says_the_same_when_loaded(ground, tmp_path):
-    from regraft.recipe import _grown, silent
+    from regraft.final_fit import grown
+    from regraft.recipe import silent
 
     probe = network_probe(ground)
     found = climb(ground, probe, STATED, budget_from("3trials"), Augment(crop=True))
     won = next(a for a in found.attempts if a.candidate.name == "top layers")
     won = replace(won, share=0.5, epochs=max(1, won.epochs))
     probed = assemble(ground.backbone, fit_head(ground.bench, ground.task, probe), tiny.CLASSES, ground.numerics)
-    model, _ = _grown(ground, replace(found, winner=won), STATED, probed, tmp_path / "checkpoints", silent)
+    model, _ = grown(ground, replace(found, winner=won), STATED, probed, tmp_path / "checkpoints", silent)
     assert model.tuned is not None
     assert model.tuned.plot.takes == "map"
     (tmp_path / "run").mkdir()

@@ -19,7 +19,7 @@ import regraft
 import tiny
 from conftest import SOURCES
 from conftest import regraft as run_regraft
-from regraft import pretraining
+from regraft import pretrain_steps, pretraining
 from regraft.backbone import load_backbone
 from regraft.data import load_data, load_unlabelled
 from regraft.errors import ArtifactError, BackboneError, DataError, RunError, TrainingError
@@ -29,7 +29,8 @@ from regraft.methods.encoder import encode, features
 from regraft.methods.views import VIEWS, varied
 from regraft.prepared import prepare
 from regraft.preprocess import plain_spec
-from regraft.pretraining import _rows, _set_norms, _Work, begin, pretrain
+from regraft.pretrain_steps import Work, rows_of_epoch, set_norms
+from regraft.pretraining import begin, pretrain
 
 EPOCHS = 2
 
@@ -147,7 +148,7 @@ def test_a_step_keeps_no_more_than_there_is_room_for(pictures, tmp_path, monkeyp
     assert pretrain(**given, out=tmp_path / "roomy").record["batch"] == 64
     assert pretrain(**given, out=tmp_path / "asked", batch=6).record["batch"] == 6
     # Four turned views through conv11 and norm11 alone: 2 x 4 x 32 channels x 8 x 8 x 4 bytes.
-    monkeypatch.setattr(pretraining, "ROOM", 32 * 65_536)
+    monkeypatch.setattr(pretrain_steps, "ROOM", 32 * 65_536)
     assert pretrain(**given, out=tmp_path / "narrow").record["batch"] < 32
 
 
@@ -269,9 +270,9 @@ def test_a_loss_that_is_not_finite_is_tried_slower_then_said(pictures, tmp_path,
 
     def diverging(stages, plan, *args, **options):
         rates.append(plan.lr)
-        raise pretraining.Diverged(0, 1)
+        raise pretrain_steps.Diverged(0, 1)
 
-    monkeypatch.setattr(pretraining, "train", diverging)
+    monkeypatch.setattr(pretrain_steps, "train", diverging)
     with pytest.raises(TrainingError, match="tenth of the learning rate"):
         pretrain(pictures, method="masked", out=tmp_path / "out", epochs=1)
     assert rates[1] == pytest.approx(rates[0] / 10)
@@ -287,8 +288,8 @@ def test_a_budget_fixes_the_epochs_before_training(pictures, tmp_path):
 def test_pairs_show_the_same_thing(pictures):
     prepared = prepare(load_data(pictures))
     method = METHODS["pairs"](encoder_of(prepared.preprocess)[1], regraft.methods.Task(3, frozenset()))
-    work = _Work("pairs", method, encoder_of(prepared.preprocess)[1], prepared, 0, "cpu", begun_from=False)
-    rows = np.concatenate(list(_rows(work, 0)))
+    work = Work("pairs", method, encoder_of(prepared.preprocess)[1], prepared, 0, "cpu", begun_from=False)
+    rows = np.concatenate(list(rows_of_epoch(work, 0)))
     assert sorted(rows[0::2].tolist()) == list(range(12))
     assert (prepared.labels[rows[0::2]] == prepared.labels[rows[1::2]]).all()
     assert (rows[0::2] != rows[1::2]).all()
@@ -315,7 +316,7 @@ def test_batch_norms_end_with_the_statistics_of_pictures_as_they_are(pictures):
     method = METHODS["masked"](encoder, regraft.methods.Task(0, frozenset()))
     first = backbone.module.get_submodule("norm11")
     first.running_mean.fill_(7.0)
-    _set_norms(_Work("masked", method, encoder, prepared, 0, "cpu", begun_from=False))
+    set_norms(Work("masked", method, encoder, prepared, 0, "cpu", begun_from=False))
     x = prepared.values.float() / 255
     with torch.no_grad():
         seen = backbone.module.get_submodule("conv11")(x)
@@ -456,17 +457,17 @@ def test_classes_that_were_learned_before_are_told(pictures, tmp_path):
 
 
 def test_a_divergence_is_remembered(pictures, tmp_path, monkeypatch):
-    real, rates = pretraining.train, []
+    real, rates = pretrain_steps.train, []
 
     def diverging_once(stages, plan, *args, **options):
         rates.append(plan.lr)
         if len(rates) == 1:
-            raise pretraining.Diverged(0, 1)
+            raise pretrain_steps.Diverged(0, 1)
         if len(rates) == 2:
             raise KeyboardInterrupt
         return real(stages, plan, *args, **options)
 
-    monkeypatch.setattr(pretraining, "train", diverging_once)
+    monkeypatch.setattr(pretrain_steps, "train", diverging_once)
     for stopped in (True, False):
         try:
             pretrain(pictures, method="masked", out=tmp_path / "out", epochs=1)
@@ -486,10 +487,10 @@ def test_a_network_of_a_file_is_gone_on_from(pictures, tmp_path):
 
 def test_the_epochs_that_a_budget_fixed_outlive_an_interruption(pictures, tmp_path, monkeypatch):
     given = {"method": "masked", "out": tmp_path / "out", "budget": "6s"}
-    monkeypatch.setattr(pretraining, "MOST_EPOCHS", 6)
+    monkeypatch.setattr(pretrain_steps, "MOST_EPOCHS", 6)
     stopped_after(4, monkeypatch, data=pictures, **given)
     plan = json.loads((tmp_path / "out" / "record.json").read_text())["plan"]
-    monkeypatch.setattr(pretraining, "MOST_EPOCHS", 3)  # a plan made anew would have no more than these
+    monkeypatch.setattr(pretrain_steps, "MOST_EPOCHS", 3)  # a plan made anew would have no more than these
     run = pretrain(pictures, **given)
     assert plan["epochs"] > 3
     assert run.record["plan"] == plan

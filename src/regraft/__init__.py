@@ -15,16 +15,17 @@ if TYPE_CHECKING:
     from regraft.artifact import Prediction, TransferModel, load_model
     from regraft.backbone import Backbone, cut_at, load_backbone
     from regraft.data import Dataset, load_data
+    from regraft.depth_curve import Curve
     from regraft.errors import RegraftError
     from regraft.params import freeze, parameter_groups
     from regraft.pretraining import Pretrained, pretrain
-    from regraft.recipe import Curve, Run, compare, curve, evaluate, fit
+    from regraft.recipe import Run, compare, curve, evaluate, fit
     from regraft.weights import Coverage, restore
 
 _HOME = {
     "Backbone": "backbone",
     "Coverage": "weights",
-    "Curve": "recipe",
+    "Curve": "depth_curve",
     "Dataset": "data",
     "Prediction": "artifact",
     "Pretrained": "pretraining",
