@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from regraft.curve_drawing import plot_curve, shortened, spread, ticks
 from regraft.data import printable
 from regraft.report import (
     LISTED,
@@ -26,13 +27,9 @@ from regraft.report import (
     confused_pairs,
     judge,
     ladder_of,
-    plot_curve,
     render,
-    shortened,
     spans,
-    spread,
     thumbnail,
-    ticks,
     way_of,
     write_report,
 )

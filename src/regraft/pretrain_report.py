@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from regraft.curve_drawing import plot_curve, ticks
 from regraft.files import write_atomic
 from regraft.heads import INPUT
 from regraft.methods import Panel
-from regraft.report import LISTED, Thumbnail, page_environment, plot_curve, thumbnail, ticks
+from regraft.report import LISTED, Thumbnail, page_environment, thumbnail
 
 WIDTH, HEIGHT, LEFT, TOP, BELOW = 900, 220, 70, 12, 40
 LEVELS = 4
