@@ -28,6 +28,7 @@ import regraft
 from accuracy import GROUPS
 from never_worse import thinned
 from pretrained import tabled
+from regraft.allocator import memory_kept
 from regraft.augment import Augment
 from regraft.backbone import Backbone, load_backbone
 from regraft.candidates import Candidate
@@ -66,7 +67,8 @@ def main() -> None:
         if options.only != "boundaries":
             chosen(name, dataset, options.budget)
         if options.only != "chosen":
-            boundaries(name, dataset, options.epochs)
+            with memory_kept():
+                boundaries(name, dataset, options.epochs)
 
 
 def rows() -> list[dict[str, object]]:
