@@ -31,6 +31,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 
 import regraft
@@ -39,7 +40,7 @@ from regraft.allocator import memory_kept
 from regraft.data import Dataset, load_data, read, subset
 from regraft.networks.embedded import EMBEDDED, load_embedded_weights
 from regraft.networks.small import FEATURES, small_network
-from regraft.preprocess import fit_to_size, input_spec, normalise, plain_spec
+from regraft.preprocess import fit_to_size, input_spec, normalise
 from regraft.scores import paired_difference
 
 ROWS = Path(__file__).parent / "never_worse.jsonl"
@@ -135,9 +136,10 @@ def train_rival(dataset: Dataset, rival: str, seed: int, *, mirrored: bool) -> l
         head = model.get_classifier()
     model = model.to(memory_format=torch.channels_last)
     learned, tested = subset(dataset, "train", "validation").examples, subset(dataset, "test").examples
-    pictures = [read(e).decode().pixels for e in learned]
-    if rival == "scratch":  # it sees 32 x 32 of them: no need to shrink large ones anew for every crop
-        pictures = [fit_to_size(p, plain_spec(64, 64, 3)).permute(1, 2, 0).numpy() for p in pictures]
+    most = (
+        64 if rival == "scratch" else 512
+    )  # twice what the network sees: large ones are not shrunk anew in each epoch
+    pictures = [shrunk(read(e).decode().pixels, most) for e in learned]
     labels = torch.tensor([e.label for e in learned])
     top = [*head.parameters()]
     body = [p for p in model.parameters() if all(p is not q for q in top)]
@@ -177,6 +179,13 @@ def train_rival(dataset: Dataset, rival: str, seed: int, *, mirrored: bool) -> l
             said = model(normalise(x, spec).contiguous(memory_format=torch.channels_last)).argmax(1)
             hits += [int(s) == e.label for s, e in zip(said, some, strict=True)]
     return hits
+
+
+def shrunk(pixels: np.ndarray, most: int) -> np.ndarray:
+    """The picture with no side longer than `most`, in its shape."""
+    picture = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
+    picture.thumbnail((most, most), Image.Resampling.BILINEAR)
+    return np.array(picture).reshape(picture.height, picture.width, -1)
 
 
 def varied(pixels: np.ndarray, rng: np.random.Generator, mirrored: bool) -> np.ndarray:

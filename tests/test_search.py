@@ -56,19 +56,48 @@ def test_difference_that_is_small_but_sure_parts_two_cuts() -> None:
     assert found.trial.name == "a"
 
 
-def test_input_is_kept_when_nothing_beats_it_beyond_the_noise() -> None:
+def a_little_better() -> np.ndarray:
     better = right(0.80)
     better[np.flatnonzero(~better)[:2]] = True
-    found = choose([trial(INPUT, right(0.8)), trial("a", better), trial("b", right(0.7))], TASK)
+    return better
+
+
+@pytest.mark.parametrize("loss", [0.5, 0.51])
+def test_input_is_kept_when_nothing_beats_it_beyond_the_noise_or_in_log_loss(loss: float) -> None:
+    found = choose([trial(INPUT, right(0.8)), trial("a", a_little_better(), loss=loss), trial("b", right(0.7))], TASK)
     assert (found.trial.name, found.best.name, found.helps) == (INPUT, "a", False)
     assert found.gain.low <= 0 < found.gain.score
     assert found.reason.startswith("transfer does not help here: ")
     assert "+1.0 points (-" in found.reason
 
 
+def test_network_that_is_ahead_within_the_noise_is_taken_by_its_log_loss_and_no_help_is_claimed() -> None:
+    surer = 0.49 + 0.3 * np.sin(np.arange(N))  # lower in the mean, not beyond the noise
+    trials = [trial(INPUT, right(0.8)), trial("a", a_little_better(), loss=surer), trial("b", right(0.2))]
+    found = choose(trials, TASK)
+    assert (found.trial.name, found.helps) == ("a", False)
+    assert found.gain.low <= 0 < found.gain.score
+    assert found.sharper.low <= 0 < found.sharper.score
+    assert found.reason.startswith("transfer may help: +1.0 points (-")
+    assert found.reason.endswith("the log-loss speaks for it")
+
+
+def test_score_of_an_undecided_choice_is_nested_with_the_input_among_the_picks() -> None:
+    loss = 0.49 + 0.3 * np.sin(np.arange(N))
+    raw, a = trial(INPUT, right(0.8)), trial("a", a_little_better(), loss=loss)
+    found = choose([raw, a], TASK)
+    expected = np.zeros(TASK.folds.shape)
+    for r, assignment in enumerate(TASK.folds):
+        for fold in np.unique(assignment):
+            others, inside = assignment != fold, assignment == fold
+            least = min((raw, a), key=lambda t: float(t.losses[r, others].mean()))
+            expected[r, inside] = least.fold_hits[r, inside]
+    assert raw.hits.mean() <= found.score.score <= a.hits.mean()
+    assert found.score.score == pytest.approx(expected.mean(), abs=1e-9)
+
+
 def test_log_loss_that_is_lower_beyond_the_noise_tells_what_hits_cannot() -> None:
-    better = right(0.80)
-    better[np.flatnonzero(~better)[:2]] = True
+    better = a_little_better()
     surer = 0.4 + 0.1 * np.sin(np.arange(N))
     found = choose([trial(INPUT, right(0.8)), trial("a", better, loss=surer)], TASK)
     assert (found.trial.name, found.helps) == ("a", True)

@@ -13,7 +13,7 @@ SPEC_HELP = (
     "default (EfficientNet-Lite0, ImageNet, no download), scratch (the same network with random weights, frozen), "
     "a timm name such as resnet50.a1_in1k, torchvision/NAME, hf/ORG/NAME, or a file: .pt .pth .pt2 .safetensors .keras "
     ".h5 .onnx .pb .npz .npy .msgpack, a TensorFlow checkpoint prefix, a SavedModel or Hugging Face folder, or a "
-    "folder that regraft pretrain made."
+    "folder that regraft pretrain or fit made."
 )
 GROUP_HELP = (
     "Regular expression; pictures with the same first bracket, searched in the path inside the class folder, "
