@@ -62,6 +62,16 @@ def a_little_better() -> np.ndarray:
     return better
 
 
+def test_network_that_is_surer_and_not_ahead_in_hits_may_help_unless_it_is_behind_beyond_the_noise() -> None:
+    surer = 0.49 + 0.3 * np.sin(np.arange(N))
+    found = choose([trial(INPUT, a_little_better()), trial("a", right(0.8), loss=surer)], TASK)
+    assert (found.trial.name, found.helps) == ("a", False)
+    assert found.reason.startswith("transfer may help: -1.0 points")
+    found = choose([trial(INPUT, right(0.9)), trial("a", right(0.8), loss=surer)], TASK)
+    assert found.trial.name == INPUT
+    assert found.reason.startswith("transfer does not help here: ")
+
+
 @pytest.mark.parametrize("loss", [0.5, 0.51])
 def test_input_is_kept_when_nothing_beats_it_beyond_the_noise_or_in_log_loss(loss: float) -> None:
     found = choose([trial(INPUT, right(0.8)), trial("a", a_little_better(), loss=loss), trial("b", right(0.7))], TASK)
@@ -79,7 +89,7 @@ def test_network_that_is_ahead_within_the_noise_is_taken_by_its_log_loss_and_no_
     assert found.gain.low <= 0 < found.gain.score
     assert found.sharper.low <= 0 < found.sharper.score
     assert found.reason.startswith("transfer may help: +1.0 points (-")
-    assert found.reason.endswith("the log-loss speaks for it")
+    assert found.reason.endswith("within the noise; a has the least log-loss")
 
 
 def test_score_of_an_undecided_choice_is_nested_with_the_input_among_the_picks() -> None:

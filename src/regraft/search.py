@@ -10,9 +10,9 @@ widened for what a bootstrap of overlapping heads does not see.
 Transfer is said to help where the score, or the log-loss at no lower score, is better than the raw input's beyond the
 noise. (Among 20 cuts that know nothing the best beat such an input "beyond the noise" in 26 to 35 % of draws, the
 nested score in 5 to 22 %. With 100 pictures hits alone see a gain of 8 points in half of the draws, log-loss in nine of
-ten.) Where the network is ahead within the noise, the raw input is one more probe under the same rule: with few
-pictures no gain is sure, and keeping the input there cost 7 points in 7 of 50 draws of 100. Where it is not ahead, the
-input is kept.
+ten.) Where the network is ahead in one of them, and not behind, within the noise, the raw input is one more probe under
+the same rule: with few pictures no gain is sure, and keeping the input there cost 7 points in 7 of 50 draws of 100.
+Elsewhere transfer does not help, and the input is kept.
 """
 
 from __future__ import annotations
@@ -109,7 +109,8 @@ def choose(trials: Sequence[Trial], task: Task) -> Choice:
     helps = gain.low > 0 or (sharper.low > 0 and gain.score >= 0)
     scored = hits
     if not helps:
-        pool = trials if gain.score > 0 else [raw]
+        ahead = gain.high >= 0 and max(gain.score, sharper.score) > 0
+        pool = trials if ahead else [raw]
         picked, scored = _rule(pool, task.groups, everything)[0], _nested(pool, task)[0]
     if helps:
         reason = f"transfer helps: {_points(gain)} over the raw input"
@@ -120,7 +121,8 @@ def choose(trials: Sequence[Trial], task: Task) -> Choice:
     elif picked is raw:
         reason = f"transfer does not help here: {_points(gain)} over the raw input, within the noise or below it"
     else:
-        reason = f"transfer may help: {_points(gain)} over the raw input, within the noise; the log-loss speaks for it"
+        least = f"{picked.name} has the least log-loss"
+        reason = f"transfer may help: {_points(gain)} over the raw input, within the noise; {least}"
     folds = int(task.folds.max()) + 1
     score = widened(bootstrap_interval(scored, task.groups), 1 / folds)
     return Choice(picked, best, score, gain, sharper, helps, reason, hits, losses)
