@@ -1,4 +1,4 @@
-"""Files of TensorFlow written by hand, for tests of what a reader must refuse: messages, tables, graphs.
+"""Files of TensorFlow: those it wrote, unpacked; others by hand, for tests of what a reader must refuse.
 
 The forms are those of the sources named in the readers; TensorFlow itself reads what is written here without damage.
 """
@@ -6,6 +6,7 @@ The forms are those of the sources named in the readers; TensorFlow itself reads
 from __future__ import annotations
 
 import struct
+import tarfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -15,6 +16,12 @@ from regraft.readers.tensorflow.crc32c import crc32c, masked
 
 FLOAT, INT32, STRING = 1, 3, 7
 MAGIC = struct.pack("<Q", 0xDB4775248B80FB57)
+
+
+def unpack(path: Path, folder: Path) -> None:
+    """The files of an archive into a folder. Python before 3.11.4 knows no filters, later ones ask for one."""
+    with tarfile.open(path) as archive:
+        archive.extractall(folder, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
 
 
 def varint(value: int) -> bytes:

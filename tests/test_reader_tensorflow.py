@@ -8,7 +8,6 @@ import contextlib
 import os
 import random
 import sys
-import tarfile
 import tracemalloc
 from pathlib import Path
 
@@ -48,8 +47,7 @@ def unpacked(tmp_path_factory):
     """What TensorFlow wrote, one folder for each archive."""
     place = tmp_path_factory.mktemp("tensorflow")
     for path in FILES.glob("tensorflow_*.tar.xz"):
-        with tarfile.open(path) as archive:
-            archive.extractall(place / path.name.removeprefix("tensorflow_").removesuffix(".tar.xz"), filter="data")
+        files.unpack(path, place / path.name.removeprefix("tensorflow_").removesuffix(".tar.xz"))
     return place
 
 

@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +21,7 @@ from regraft.errors import BackboneError, ReaderError
 from regraft.heads import Head, View
 from regraft.numerics import pick_numerics
 from regraft.readers import READERS, is_file_spec, read_checkpoint
+from tensorflow_files import unpack
 
 FILES = Path(__file__).parent / "parity" / "files"
 NETWORKS = """
@@ -45,8 +45,7 @@ def broken():
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
     """A folder with a TensorFlow 1 checkpoint (Adam's slots beside the weights), a module of networks, and pictures."""
-    with tarfile.open(FILES / "tensorflow_adam.tar.xz") as archive:
-        archive.extractall(tmp_path, filter="data")
+    unpack(FILES / "tensorflow_adam.tar.xz", tmp_path)
     (tmp_path / "nets.py").write_text(NETWORKS)
     rng = np.random.default_rng(0)
     for split, each in (("train", 12), ("test", 4)):
