@@ -136,9 +136,7 @@ def train_rival(dataset: Dataset, rival: str, seed: int, *, mirrored: bool) -> l
         head = model.get_classifier()
     model = model.to(memory_format=torch.channels_last)
     learned, tested = subset(dataset, "train", "validation").examples, subset(dataset, "test").examples
-    most = (
-        64 if rival == "scratch" else 512
-    )  # twice what the network sees: large ones are not shrunk anew in each epoch
+    most = 64 if rival == "scratch" else 512
     pictures = [shrunk(read(e).decode().pixels, most) for e in learned]
     labels = torch.tensor([e.label for e in learned])
     top = [*head.parameters()]
@@ -182,7 +180,7 @@ def train_rival(dataset: Dataset, rival: str, seed: int, *, mirrored: bool) -> l
 
 
 def shrunk(pixels: np.ndarray, most: int) -> np.ndarray:
-    """The picture with no side longer than `most`, in its shape."""
+    """The picture with no side longer than `most`, in its shape: large ones are not shrunk anew in every epoch."""
     picture = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
     picture.thumbnail((most, most), Image.Resampling.BILINEAR)
     return np.array(picture).reshape(picture.height, picture.width, -1)

@@ -107,7 +107,10 @@ def test_trained_layers_take_the_place_of_the_frozen_ones(kind, start, request, 
 def test_a_small_network_beside_the_head_leaves_the_networks_layers_alone(described, tmp_path):
     plot = Plot(INPUT, (View(SMALL, 1, FEATURES, True),), 2)
     cut = described.shown[-1].name
-    found = saved(described, tmp_path / "run", head_on(described, cut), Tuned(plot, grow(plot, None), 0.5))
+    found = saved(
+        described, tmp_path / "run", head_on(described, cut), Tuned(plot, grow(plot, None), 0.5), classes_of=["0"]
+    )
+    assert not found.classes_of
     x = prepared(described)
     with torch.no_grad():
         assert torch.equal(cut_at(found, cut)[0](x), cut_at(described, cut)[0](x))

@@ -307,7 +307,8 @@ def _from_folder(spec: str) -> Backbone:
         preprocess = spec_from_json(manifest["preprocess"])
         operations = operations_from_json(manifest["operations"]) if manifest["operations"] else None
         config = manifest["config"]
-        classes_of = frozenset(manifest["facts"].get("classes_of", ()))
+        learned = kind is FOLDER or _trained_above(manifest)
+        classes_of = frozenset(manifest["facts"].get("classes_of", ()) if learned else ())
         tensors, ends = (tensors, [str(manifest["trained"])]) if kind is FOLDER else _of_model(tensors, manifest)
     except (KeyError, TypeError) as e:
         raise ArtifactError(f"{place / kind.manifest} must describe a {kind.word} of regraft: {e!r}.") from e
@@ -352,11 +353,15 @@ def _of_model(
     """The network's tensors in a saved model, the trained ones over the frozen, and the cuts up to which they reach."""
     ends = [name for name in manifest["head"]["cuts"] if name != "input"]
     known = {name.removeprefix("lower."): t for name, t in tensors.items() if name.startswith("lower.")}
-    tuned = manifest["tuned"]
-    if tuned and tuned["cut"] != "input":
-        ends = [tuned["views"][-1]["cut"]]
+    if _trained_above(manifest):
+        ends = [manifest["tuned"]["views"][-1]["cut"]]
         known |= {name.removeprefix("tuned.body."): t for name, t in tensors.items() if name.startswith("tuned.body.")}
     return known, ends
+
+
+def _trained_above(manifest: Mapping[str, Any]) -> bool:
+    """Whether a saved model trained layers of its network, and not a small one beside it."""
+    return bool(manifest["tuned"]) and manifest["tuned"]["cut"] != "input"
 
 
 def _picture_shape(known: tuple[int | None, ...] | None) -> tuple[int, int, int] | None:
