@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
 import statistics
 import tempfile
 import time
@@ -26,6 +25,7 @@ import torch
 
 import regraft
 from accuracy import GROUPS
+from kept import Row, append, rows
 from never_worse import thinned
 from pretrained import tabled
 from regraft.allocator import memory_kept
@@ -43,7 +43,7 @@ from regraft.probe import Bench, all_grey
 from regraft.search import run_trials
 from regraft.tuned import PICTURE, Grown, run_tuned
 
-ROWS = Path(__file__).parent / "depth.jsonl"
+KEY = ("set", "frozen up to")
 SETS = ("elpv", "icons", "clipart", "emoji", "silhouettes", "fashion")
 PICTURES = 500
 BOUNDARIES = (PICTURE, "blocks.0", "blocks.1", "blocks.2", "blocks.3", "blocks.4", "blocks.5", "blocks")
@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("--table", action="store_true")
     options = parser.parse_args()
     if options.table or options.data is None:
-        print(table(rows()))
+        print(table(rows("depth", KEY)))
         return
     for name in options.sets.split(","):
         dataset = thinned(load_data(options.data / name, group=GROUPS.get(name)), PICTURES, 0)
@@ -71,27 +71,21 @@ def main() -> None:
                 boundaries(name, dataset, options.epochs)
 
 
-def rows() -> list[dict[str, object]]:
-    """What was run so far; the last of equal runs counts."""
-    found = [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
-    return list({(r["set"], r["frozen up to"]): r for r in found}.values())
-
-
 def chosen(name: str, dataset: Dataset, budget: str) -> None:
     """Test accuracy of what `fit` gives with a budget, and with none of the probe alone."""
     for below, asked in ((CHOSEN, budget), (FROZEN, "0trials")):
-        if (name, below) in {(r["set"], r["frozen up to"]) for r in rows()}:
+        if (name, below) in rows("depth", KEY):
             continue
         started = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
             fitted = regraft.fit(dataset, out=folder, budget=asked)
-        append(name, below, fitted.record["test"]["accuracy"], started, chosen=fitted.record["chosen"]["name"])
+        finished(name, below, fitted.record["test"]["accuracy"], started, chosen=fitted.record["chosen"]["name"])
 
 
 def boundaries(name: str, dataset: Dataset, epochs: int) -> None:
     """Test accuracy of the network fine-tuned above every boundary."""
     tested = subset(dataset, "test")
-    missing = [b for b in BOUNDARIES if (name, b) not in {(r["set"], r["frozen up to"]) for r in rows()}]
+    missing = [b for b in BOUNDARIES if (name, b) not in rows("depth", KEY)]
     if not missing:
         return
     ground = ground_of(subset(dataset, "train", "validation"), load_backbone())
@@ -103,7 +97,7 @@ def boundaries(name: str, dataset: Dataset, epochs: int) -> None:
         candidate = Candidate(f"above {below}", does, below, end, epochs=epochs, augment=views, alone=True)
         maps = maps_of(ground, candidate, lambda what, done, total: None)
         module = fit_all(ground, candidate, maps, epochs, slower=1.0, checkpoints=lambda module: None)  # type: ignore[arg-type,return-value]
-        append(name, below, judged(module, ground, tested, below), started)
+        finished(name, below, judged(module, ground, tested, below), started)
 
 
 def ground_of(dataset: Dataset, backbone: Backbone) -> Ground:
@@ -130,18 +124,17 @@ def judged(module: Grown, ground: Ground, tested: Dataset, below: str) -> float:
     return right / len(tested.examples)
 
 
-def append(name: str, below: str, accuracy: float, started: float, **facts: object) -> None:
+def finished(name: str, below: str, accuracy: float, started: float, **facts: object) -> None:
     """One finished run."""
     row = {"set": name, "frozen up to": below, "accuracy": accuracy, "seconds": round(time.perf_counter() - started, 1)}
     row |= {"date": str(datetime.date.today()), **facts}
-    with ROWS.open("a") as file:
-        file.write(json.dumps(row) + "\n")
+    append("depth", row)
     print(*row.values(), flush=True)
 
 
-def table(found: list[dict[str, object]]) -> str:
+def table(found: dict[tuple[object, ...], Row]) -> str:
     """Accuracy by set and boundary, and the regret of the choice."""
-    by = {(r["set"], r["frozen up to"]): float(r["accuracy"]) for r in found}  # type: ignore[arg-type]
+    by = {key: float(row["accuracy"]) for key, row in found.items()}  # type: ignore[arg-type]
     places = (*BOUNDARIES, FROZEN)
     lines = ["| set | " + " | ".join(places) + " | regraft | regret, points |", "|---" * (len(places) + 3) + "|"]
     regrets = []

@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import base64
 import datetime
-import json
 import statistics
 import tempfile
 import time
@@ -36,6 +35,7 @@ from torch import nn
 
 import regraft
 from accuracy import GROUPS, REFERENCES
+from kept import Row, append, rows
 from regraft.allocator import memory_kept
 from regraft.data import Dataset, load_data, read, subset
 from regraft.networks.embedded import EMBEDDED, load_embedded_weights
@@ -43,7 +43,7 @@ from regraft.networks.small import FEATURES, small_network
 from regraft.preprocess import fit_to_size, input_spec, normalise
 from regraft.scores import paired_difference
 
-ROWS = Path(__file__).parent / "never_worse.jsonl"
+KEY = ("set", "seed", "rival")
 RIVALS = ("probe", "everything", "fastai", "scratch")
 MOST = 1000
 BATCH = 32
@@ -60,20 +60,13 @@ def main() -> None:
     parser.add_argument("--table", action="store_true")
     options = parser.parse_args()
     if options.table or options.data is None:
-        print(table(rows()))
+        print(table(rows("never_worse", KEY)))
         return
     for seed in range(options.seeds):
         for name in options.sets.split(","):
             for rival in options.rivals.split(","):
-                done = {(r["set"], r["seed"], r["rival"]) for r in rows()}
-                if (name, seed, rival) not in done:
+                if (name, seed, rival) not in rows("never_worse", KEY):
                     run(options.data / name, name, seed, rival, options.budget)
-
-
-def rows() -> list[dict[str, object]]:
-    """What was run so far; the last of equal runs counts."""
-    found = [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
-    return list({(r["set"], r["seed"], r["rival"]): r for r in found}.values())
 
 
 def run(place: Path, name: str, seed: int, rival: str, budget: str) -> None:
@@ -102,8 +95,7 @@ def run(place: Path, name: str, seed: int, rival: str, budget: str) -> None:
     row = {"set": name, "seed": seed, "rival": rival, "accuracy": float(np.mean(hits)), "seconds": round(seconds, 1)}
     row |= {"date": str(datetime.date.today()), "pictures": len(hits), **facts}
     row["hits"] = base64.b64encode(np.packbits(np.array(hits, bool)).tobytes()).decode()
-    with ROWS.open("a") as file:
-        file.write(json.dumps(row) + "\n")
+    append("never_worse", row)
     print(name, seed, rival, f"{row['accuracy']:.4f} in {seconds:.0f} s", facts.get("chosen", ""), flush=True)
 
 
@@ -196,13 +188,12 @@ def varied(pixels: np.ndarray, rng: np.random.Generator, mirrored: bool) -> np.n
     return np.ascontiguousarray(part[:, ::-1] if mirrored and rng.random() < 0.5 else part)
 
 
-def table(found: list[dict[str, object]]) -> str:
+def table(by: dict[tuple[object, ...], Row]) -> str:
     """Means by set, and regraft minus probe with its paired interval, for the runs that are there."""
-    by = {(r["set"], r["seed"], r["rival"]): r for r in found}
     lines = ["| set | seeds | regraft | " + " | ".join(RIVALS) + " | regraft - probe, points |", "|---" * 8 + "|"]
     means: dict[str, list[float]] = {rival: [] for rival in ("regraft", *RIVALS)}
     for name in REFERENCES:
-        seeds = sorted(seed for s, seed, rival in by if s == name and rival == "regraft")
+        seeds = sorted(seed for s, seed, rival in by if s == name and rival == "regraft")  # type: ignore[type-var]
         cells = []
         for rival in ("regraft", *RIVALS):
             scores = [float(by[name, seed, rival]["accuracy"]) for seed in seeds if (name, seed, rival) in by]  # type: ignore[arg-type]
@@ -219,7 +210,7 @@ def table(found: list[dict[str, object]]) -> str:
     return "\n".join(lines)
 
 
-def _hits(row: dict[str, object]) -> np.ndarray:
+def _hits(row: Row) -> np.ndarray:
     packed = np.frombuffer(base64.b64decode(str(row["hits"])), np.uint8)
     return np.unpackbits(packed)[: int(row["pictures"])].astype(np.float64)  # type: ignore[call-overload]
 

@@ -41,6 +41,7 @@ import torch
 from scipy.stats import t as student
 
 from choice import stratified, test_accuracy
+from kept import Row, append, rows
 from regraft.augment import Augment
 from regraft.backbone import Backbone, is_backbone_folder, load_backbone
 from regraft.candidates import all_layers_alone
@@ -60,7 +61,7 @@ from regraft.splits import fold_assignments, together
 from regraft.store import open_store
 from regraft.tuned import run_tuned
 
-ROWS = Path(__file__).parent / "pretrained.jsonl"
+KEY = ("set", "method", "labels", "draw")
 IDENTITY = {"emoji": r"([^/]+)-[^-]+$"}
 DENSE, NARROW = "dense-500-250", "dense-100-30"
 ARCHS = {"autoencoder": NARROW, "masked": NARROW, "random narrow": NARROW}
@@ -91,7 +92,7 @@ def main() -> None:
     parser.add_argument("--table", action="store_true")
     options = parser.parse_args()
     if options.table or options.data is None:
-        print(table(rows()))
+        print(table(rows("pretrained", KEY)))
         return
     for name in options.sets.split(","):
         run(name, options)
@@ -104,7 +105,7 @@ def run(name: str, options: argparse.Namespace) -> None:
     judged = draws.pop("judged")
     everything = sorted({e for chosen in draws.values() for e in chosen}, key=lambda e: e.where)
     for method in options.methods.split(","):
-        done = {(r["set"], r["method"], r["labels"], r["draw"]) for r in ([] if options.develop else rows())}
+        done = {} if options.develop else rows("pretrained", KEY)
         wanted = [(n, k) for n, k in draws if (name, method, n, k) not in done]
         if not wanted:
             continue
@@ -116,14 +117,7 @@ def run(name: str, options: argparse.Namespace) -> None:
             row["accuracy"] = accuracy(method, backbone, dataset, draws[n, k], *tables, seed=k)
             print(*row.values(), flush=True)
             if not options.develop:
-                with ROWS.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
-
-
-def rows() -> list[dict[str, object]]:
-    """What was run so far; the last of equal runs counts."""
-    found = [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
-    return list({(r["set"], r["method"], r["labels"], r["draw"]): r for r in found}.values())
+                append("pretrained", row)
 
 
 def drawn(dataset: Dataset, sizes: list[int], count: int, *, develop: bool) -> dict[object, list[Example]]:
@@ -223,12 +217,12 @@ def _pictures(table: FeatureTable, backbone: Backbone) -> Iterator[torch.Tensor]
         yield torch.stack([fit_to_size(read(e).decode().pixels, backbone.preprocess) for e in some])
 
 
-def table(found: list[dict[str, object]]) -> str:
+def table(kept: dict[tuple[object, ...], Row]) -> str:
     """Mean accuracy over five draws by set and labels, and paired gains over the better of scratch and input.
 
     Those over random weights are of all draws that there are.
     """
-    lines = []
+    lines, found = [], list(kept.values())
     for name in dict.fromkeys(r["set"] for r in found):
         sizes = sorted({int(r["labels"]) for r in found if r["set"] == name})  # type: ignore[call-overload]
         lines += [

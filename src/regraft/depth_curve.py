@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from regraft.backbone import Backbone
@@ -66,37 +67,33 @@ class Curve:
 
 def curve_of(
     dataset: Dataset,
-    tested: Dataset | None,
     backbone: Backbone,
-    numerics: Numerics,
-    measured: float,
     store: FeatureStore,
+    *,
+    tested: Dataset | None,
+    device: str,
     seed: int,
     strict: bool,
     allow_empty_class: bool,
     say: Say,
-    seconds: dict[str, float],
+    started: float,
 ) -> Curve:
-    """Features of all cuts, probes on them, and the choice; `seconds` is filled on the way.
+    """Features of all cuts, probes on them, and the choice.
 
-    measured: agreement of the numerics with float32. Raises DataError where there is nothing to learn from, or with
-    `strict` where a picture would be left out; others as `extract` does.
+    tested: pictures that `strict` holds against those to learn from; started: `time.perf_counter()` when the work
+    began, for the seconds that are told. Raises DataError where there is nothing to learn
+    from, or with `strict` where a picture would be left out; others as `extract` does.
     """
+    numerics, measured = faithful_numerics(backbone, device)
+    seconds = {"prepare": time.perf_counter() - started}
     learning = subset(dataset, "train", "validation")
     names = [cut.name for cut in backbone.shown]
     at = time.perf_counter()
     if not learning.examples:
         raise DataError(f"There must be pictures to learn from; {printable(dataset.source)} has them only in test/.")
-    table = extract(
-        learning,
-        backbone,
-        names,
-        store,
-        numerics,
-        lambda d, t: say("computing features", d, t),
-        allow_empty_class=allow_empty_class,
-    )
-    seconds |= {"features": time.perf_counter() - at}
+    tell = partial(say, "computing features")
+    table = extract(learning, backbone, names, store, numerics, tell, allow_empty_class=allow_empty_class)
+    seconds["features"] = time.perf_counter() - at
     chosen, conflicts = consistent(table, dataset.labels, allow_empty_class)
     problems = table.left_out + conflicts
     if strict:
@@ -114,13 +111,13 @@ def curve_of(
     steps = len(names) + 5
     done: list[Trial] = []
 
-    def tell(trial: Trial) -> None:
+    def solved(trial: Trial) -> None:
         done.append(trial)
         say("probing the cuts", len(done), steps)
 
-    trials = run_trials(bench, task, [(cut.name, cut.depth) for cut in backbone.shown], tell)
+    trials = run_trials(bench, task, [(cut.name, cut.depth) for cut in backbone.shown], solved)
     choice = choose(trials, task)
-    seconds |= {"probes": time.perf_counter() - at}
+    seconds["probes"] = time.perf_counter() - at
     return Curve(backbone, trials, choice, task, table, bench, numerics, measured, problems, seconds)
 
 

@@ -21,7 +21,7 @@ from regraft.backbone import CUSTOM, SCRATCH, Backbone, WeightOptions, is_backbo
 from regraft.budget import Budget, budget_from
 from regraft.candidates import LITTLE
 from regraft.data import Dataset, load_data, printable, subset
-from regraft.depth_curve import Curve, as_rival, curve_of, faithful_numerics
+from regraft.depth_curve import Curve, as_rival, curve_of
 from regraft.doctor import examine
 from regraft.errors import DataError, RunError, TrainingError
 from regraft.final_fit import grown, seconds_after
@@ -85,10 +85,18 @@ def curve(
     dataset = load_data(data, group=group, allow_empty_class=allow_empty_class)
     say("loading the backbone", 0, 1)
     network = load_backbone(backbone, example=example, seed=seed, **weights)
-    numerics, measured = faithful_numerics(network, device)
-    seconds = {"prepare": time.perf_counter() - started}
-    place = store or open_store()
-    found = curve_of(dataset, None, network, numerics, measured, place, seed, strict, allow_empty_class, say, seconds)
+    found = curve_of(
+        dataset,
+        network,
+        store or open_store(),
+        tested=None,
+        device=device,
+        seed=seed,
+        strict=strict,
+        allow_empty_class=allow_empty_class,
+        say=say,
+        started=started,
+    )
     if not labels:
         return found
     cuts = [(cut.name, cut.depth) for cut in network.shown]
@@ -207,16 +215,24 @@ def fit(
 
     say("loading the backbone", 0, 1)
     network = load_backbone(backbone, example=example, seed=seed, **weights)
-    numerics, measured = faithful_numerics(network, device)
-    seconds = {"prepare": time.perf_counter() - started}
-    place = store or open_store()
-    found = curve_of(dataset, tested, network, numerics, measured, place, seed, strict, allow_empty_class, say, seconds)
+    found = curve_of(
+        dataset,
+        network,
+        store or open_store(),
+        tested=tested,
+        device=device,
+        seed=seed,
+        strict=strict,
+        allow_empty_class=allow_empty_class,
+        say=say,
+        started=started,
+    )
 
-    at = time.perf_counter()
+    seconds, at = dict(found.seconds), time.perf_counter()
     trials = {trial.name: trial for trial in found.trials}
-    ground = Ground(network, numerics, found.bench, found.task, trials, seed, balanced, clipping)
+    ground = Ground(network, found.numerics, found.bench, found.task, trials, seed, balanced, clipping)
     head = fit_head(found.bench, found.task, found.choice.trial)
-    probed = assemble(network, head, dataset.labels, numerics)
+    probed = assemble(network, head, dataset.labels, found.numerics)
     seconds["head"] = time.perf_counter() - at
     at = time.perf_counter()
 
@@ -233,7 +249,7 @@ def fit(
         seconds["search"] = time.perf_counter() - at
         at = time.perf_counter()
         model, climbed = grown(ground, climbed, found.choice.score, probed, folder / CHECKPOINTS, say)
-    facts = {"score": asdict(climbed.score), "agreement": measured, "examples": len(found.task.labels)}
+    facts = {"score": asdict(climbed.score), "agreement": found.agreement, "examples": len(found.task.labels)}
     if model.tuned is not None:
         facts["classes_of"] = sorted({found.table.ids[i] for i in found.bench.chosen})
     save_model(model, network, folder, facts)
