@@ -11,15 +11,25 @@ import torch
 
 import grounds
 import tiny
+from regraft import costs, finetune
 from regraft.augment import Augment
 from regraft.backbone import load_backbone
-from regraft.candidates import Candidate
+from regraft.candidates import BATCH, Candidate
 from regraft.costs import fold_seconds, map_seconds
-from regraft.finetune import begin, fit_all, logits_of, stages_of, train_fold, trains_in_bfloat16
+from regraft.finetune import (
+    STORED,
+    begin,
+    fit_all,
+    logits_of,
+    stages_of,
+    train_fold,
+    trained_on,
+    trains_in_bfloat16,
+)
 from regraft.ladder import maps_of
 from regraft.numerics import Numerics
 from regraft.probe import Task
-from regraft.training import Checkpoints, Diverged, Halted
+from regraft.training import Checkpoints, Diverged, Halted, batches_of
 from regraft.tuned import PICTURE, run_tuned
 
 TUNE = Candidate("top layers", "", "stem.0", "mean", epochs=4, lr=3e-3, views=2)
@@ -269,6 +279,24 @@ def test_answers_during_training_leave_moving_norms_moving(deep_ground):
     assert all(norm.training for norm in norms)
     assert all(torch.equal(norm.running_mean, mean) for norm, mean in zip(norms, before, strict=True))
     assert np.array_equal(found, run_tuned(module.eval(), maps.batch(rows, np.zeros(20, int))).numpy())
+
+
+def test_answers_during_training_stop_soon_after_they_are_told_to(ground):
+    module = begin(ground, TUNE, np.arange(4))
+    maps, asked = maps_of(ground, TUNE, quiet), []
+    with pytest.raises(Halted):
+        logits_of(module, maps, np.zeros(640, int), "cpu", lambda: len(asked.append(1) or asked) > 2)
+    assert len(asked) == 3
+
+
+def test_the_frozen_part_is_in_the_cost_of_a_step_where_it_is_run_again(ground, monkeypatch):
+    assert trained_on(ground, TUNE) == STORED
+    stored = fold_seconds(ground, TUNE)
+    monkeypatch.setattr(finetune, "views_stored", lambda *facts: 0)
+    monkeypatch.setattr(costs, "_frozen_seconds", lambda ground, candidate: 1000.0)
+    again = fold_seconds(ground, TUNE)
+    steps = TUNE.epochs * batches_of(round(len(ground.task.labels) * 0.8), BATCH)
+    assert again - stored > 1000 * steps
 
 
 # ---- precision and cost ------------------------------------------------------------------------------------------

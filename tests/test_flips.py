@@ -7,6 +7,7 @@ import pytest
 
 import grounds
 import tiny
+from regraft import flips
 from regraft.flips import ASKED, flips_are_harmless
 
 
@@ -24,3 +25,11 @@ def test_mirrored_pictures_are_allowed_only_where_they_are_answered_as_well(tmp_
     held = int((ground.task.folds[0] == 0).sum())
     assert flips_are_harmless(ground) == (harmless, min(held, ASKED))
     assert flips_are_harmless(ground) == (harmless, 0)
+
+
+def test_few_questions_are_spread_over_all_classes(tmp_path, monkeypatch):
+    """Pictures lie class by class, and those of the first keep their labels when they are mirrored."""
+    ground = grounds.ground_of(tiny.write_pictures(tmp_path / "data", each=60, draw=handed), tiny.TinyNet())
+    first = int(((ground.task.folds[0] == 0) & (ground.task.labels == 0)).sum())
+    monkeypatch.setattr(flips, "ASKED", first)
+    assert flips_are_harmless(ground) == (False, first)

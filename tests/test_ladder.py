@@ -19,8 +19,8 @@ import torch
 import grounds
 import regraft
 import tiny
-from regraft import ladder, maps
-from regraft.artifact import load_model
+from regraft import final_fit, ladder, maps
+from regraft.artifact import assemble, load_model
 from regraft.attempts import Attempt, judged, recalled, remember
 from regraft.augment import Augment
 from regraft.backbone import load_backbone
@@ -29,7 +29,7 @@ from regraft.candidates import Candidate
 from regraft.errors import ArtifactError
 from regraft.finetune import Ground
 from regraft.ladder import candidates_for, climb, decide, network_probe
-from regraft.probe import judge
+from regraft.probe import fit_head, judge
 from regraft.scores import Interval, paired_difference
 from regraft.store import open_store
 from tables import classes, task_of
@@ -126,11 +126,10 @@ def test_a_candidate_that_stays_behind_the_probe_on_the_first_folds_is_stopped_t
     assert "lesser half" in found["layers dropped"].reason
 
 
-def test_something_is_kept_after_every_candidate(ground):
+def test_candidates_are_told_in_the_order_in_which_they_are_tried(ground):
     made_known(ground, dict.fromkeys(NAMES, 0.9))
-    kept, said = [], []
-    climbed(ground, checkpoint=lambda: kept.append(1), say=lambda *what: said.append(what))
-    assert len(kept) >= 3
+    said = []
+    climbed(ground, say=lambda *what: said.append(what))
     assert [what for what, _, _ in said][:3] == ["trying top layers", "trying scratch", "trying layers dropped"]
 
 
@@ -217,6 +216,71 @@ def test_a_candidate_whose_pictures_do_not_fit_into_memory_does_not_end_the_clim
     assert found["top layers"].status == "failed"
     assert "memory" in found["top layers"].reason
     assert found["scratch"].folds
+
+
+def test_how_many_views_a_candidate_has_does_not_depend_on_what_else_is_in_memory(ground, monkeypatch):
+    """So a run that is resumed, and holds less, trains on the same."""
+    top, scratch = candidates_for(ground, DRAWN)[TOP], candidates_for(ground, DRAWN)[0]
+    alone = {candidate.name: ladder._views_of(ground, candidate) for candidate in (top, scratch)}
+    largest = max(size for _, size in alone.values())
+    monkeypatch.setattr(maps, "LARGEST", largest)
+    way, views = way_of(ground), {}
+    for candidate in (top, scratch):
+        ladder._train(way, ladder._Rung(replace(candidate, epochs=1)), [0])
+        views[candidate.name] = list(way.maps.values())[-1].views
+        assert sum(held.values.nbytes for held in way.maps.values()) <= largest
+    assert views == {name: count for name, (count, _) in alone.items()}
+    assert len(way.maps) == 1
+
+
+class Stubborn(tiny.Poor):
+    """A network that answers, and that autograd cannot go back through."""
+
+    def forward(self, x):
+        gate = torch.sigmoid(self.block(self.stem(x)))
+        gate.mul_(2)
+        return self.head(gate.mean((2, 3)))
+
+
+def test_a_network_that_cannot_be_trained_leaves_the_probe(tmp_path):
+    run = regraft.fit(hard(tmp_path / "data"), Stubborn(), example=tiny.EXAMPLE, out=tmp_path / "run", budget="1trials")
+    found = {a["name"]: a for a in run.record["ladder"]["attempts"]}
+    assert found["top layers"]["status"] == "failed"
+    assert "inplace operation" in found["top layers"]["reason"]
+    assert "\n" not in found["top layers"]["reason"]
+    assert run.record["ladder"]["winner"] is None
+
+
+def test_a_winner_that_cannot_be_trained_on_all_pictures_leaves_the_probe(ground, monkeypatch, tmp_path):
+    made_known(ground, {"scratch": 0.95})
+    found = climbed(ground, "2trials")
+    assert found.winner
+    head = fit_head(ground.bench, ground.task, best_of(ground))
+    probed = assemble(ground.backbone, head, tiny.CLASSES, ground.numerics)
+
+    def refused(*arguments, **options):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory\nException raised from here")
+
+    monkeypatch.setattr(final_fit, "fit_all", refused)
+    model, ended = final_fit.grown(ground, found, STATED, probed, tmp_path, lambda *what: None)
+    assert model is probed
+    assert (ended.winner, ended.score) == (None, STATED)
+    assert ended.reason.endswith("failed on all pictures: DefaultCPUAllocator: can't allocate memory")
+
+
+def test_a_candidate_ends_early_enough_for_the_final_fit_of_the_best_so_far(ground):
+    way = replace(way_of(ground), budget=budget_from("1h"), after=3601.0)
+    rung = ladder._Rung(candidates_for(ground, DRAWN)[TOP])
+    with pytest.raises(ladder.Halted):
+        ladder._train(way, rung, [0])
+
+
+def test_answering_the_test_pictures_is_part_of_what_a_candidate_takes(ground):
+    rung = ladder._Rung(candidates_for(ground, DRAWN)[TOP], fold=10.0)
+    alone = ladder._final(way_of(ground), rung)
+    assert 10 < alone < 13
+    each = ladder._final(replace(way_of(ground), tested=1000), rung) - alone
+    assert each == pytest.approx(1000 * 0.4 * 10 / (rung.candidate.epochs * 36))
 
 
 @pytest.mark.parametrize("what", ["candidate", "labels", "folds", "seed", "balanced", "weights", "numerics"])
@@ -502,6 +566,19 @@ def test_a_finished_run_with_a_winner_is_given_back_and_a_new_one_computes_no_pa
         assert (anew.folder / name).read_bytes() == (run.folder / name).read_bytes()
     paths = sorted((data / "test").rglob("*.png"))
     assert probabilities(again.model, paths) == probabilities(run.model, paths) == probabilities(anew.model, paths)
+
+
+def test_a_run_whose_time_is_over_when_it_is_resumed_ends_with_the_best_that_it_had_tried(won, tmp_path):
+    _, data, store = won
+    first = fit(data, tmp_path / "run", budget="9h", store=store)
+    assert first.record["ladder"]["winner"] == "scratch"
+    for left in [path for path in first.folder.iterdir() if path.name != "record.json"]:
+        left.unlink()
+    record = {"status": "running", "options": first.record["options"], "spent": 9 * 3600 + 1.0}
+    (first.folder / "record.json").write_text(json.dumps(record))
+    again = fit(data, first.folder, budget="9h", store=store)
+    assert again.record["ladder"]["winner"] == "scratch"
+    assert again.record["forward_passes"] == 0
 
 
 def test_checkpoints_that_a_kill_left_in_a_finished_run_are_removed(won):

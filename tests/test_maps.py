@@ -21,12 +21,12 @@ from regraft.backbone import load_backbone
 from regraft.data import load_data, read
 from regraft.errors import BackboneError, TrainingError
 from regraft.frozen import freeze_lower, values_at_cuts
-from regraft.maps import Maps, extract_maps, map_keys, picture_views, storing_pays, views_that_fit
+from regraft.maps import Maps, extract_maps, fit_together, map_keys, picture_views, views_stored, views_that_fit
 from regraft.numerics import Numerics
 from regraft.preprocess import fit_to_size, plain_spec
 from regraft.store import open_store, verify
 
-CUT, RECOMPUTED = "stem", "stage2"
+CUT = "stem"
 VIEWS = 3
 DRAWN = Augment(crop=True, flip=True, light=True)
 
@@ -212,12 +212,36 @@ def test_a_map_that_is_not_finite_is_named_by_its_picture(data):
 # ---- what is stored and what is not ------------------------------------------------------------------------------
 
 
-def test_maps_are_stored_where_they_are_no_larger_than_the_picture():
+def test_maps_are_stored_where_they_are_no_larger_than_the_picture_whatever_is_below():
     spec = plain_spec(32, 32, 3)
-    assert storing_pays((6, 16, 16), spec)
-    assert storing_pays((8,), spec)
-    assert not storing_pays((6, 16, 17), spec)
-    assert not storing_pays((6, 16, 16), plain_spec(32, 32, 1))
+    assert views_stored(10, (6, 16, 16), 0.0, spec, 4) == 4
+    assert views_stored(10, (8,), 0.0, spec, 4) == 4
+    assert views_stored(10, (6, 16, 17), 0.0, spec, 4) == 0
+    assert views_stored(10, (6, 16, 16), 0.0, plain_spec(32, 32, 1), 4) == 0
+
+
+def test_larger_maps_are_stored_where_enough_was_computed_below_them():
+    spec = plain_spec(224, 224, 3)
+    assert views_stored(500, (1024, 14, 14), 0.8, spec, 4) == 4  # ResNet-50 after layer3
+    assert views_stored(500, (197, 384), 0.5, spec, 4) == 4  # ViT-S/16 after block 6
+    assert views_stored(500, (16, 112, 112), 0.06, spec, 4) == 0  # EfficientNet-Lite0 after blocks.0
+
+
+def test_where_few_views_of_maps_fit_into_memory_pictures_are_kept_instead(monkeypatch):
+    spec, shape = plain_spec(224, 224, 3), (1024, 14, 14)
+    view = 4 * 2 * 1024 * 14 * 14
+    for views, stored in ((9, 4), (3, 3), (2, 2), (1, 0)):
+        monkeypatch.setattr(maps_module, "LARGEST", views * view)
+        assert views_stored(4, shape, 0.8, spec, 4) == stored
+    monkeypatch.setattr(maps_module, "LARGEST", 100)
+    assert views_stored(4, (8,), 0.8, spec, 4) == 1  # pictures would not fit at all
+
+
+def test_maps_that_are_held_leave_room_for_so_much(monkeypatch):
+    held = [Maps(np.zeros((2, 1, 10), np.uint8), 0)] * 2
+    monkeypatch.setattr(maps_module, "LARGEST", 100)
+    assert fit_together(held, 60)
+    assert not fit_together(held, 61)
 
 
 def test_as_many_views_are_held_as_fit():
@@ -237,16 +261,6 @@ def test_a_frozen_part_that_is_run_again_gives_the_batches_that_stored_maps_give
         assert torch.equal(again.batch(rows, views), stored.batch(rows, views))
     assert sum(again.again) == 1 + 5 + 16 + 33
     assert stored.again == []
-
-
-def test_where_maps_are_larger_than_pictures_nothing_is_stored_and_they_are_the_networks_own(tmp_path, data):
-    backbone = load_backbone(tiny.TinyNet(), example=tiny.EXAMPLE)
-    store = open_store(tmp_path / "other")
-    maps = extracted(data, backbone, cut=RECOMPUTED, store=store)
-    assert maps.forward_passes == 0
-    batch = maps.batch(np.arange(21), np.full(21, 2))
-    assert np.array_equal(batch.numpy(), expected(data, backbone, 2, cut=RECOMPUTED).astype(np.float32))
-    assert not list(store.root.glob("features/*/*.rec"))
 
 
 # ---- stores that fail --------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import shutil
 
 import numpy as np
 import pytest
+import safetensors.torch
 from PIL import Image
 
 import regraft
@@ -167,6 +168,30 @@ def test_other_options_into_a_run_are_refused_by_name(tmp_path, tiny_images):
         fit(tiny_images, tmp_path / "run", tiny.TinyNet(seed=1))
     with pytest.raises(RunError, match="group was None and is"):
         fit(tiny_images, tmp_path / "run", group="([0-9])")
+
+
+def test_other_weights_in_the_same_file_are_refused(tmp_path, tiny_images):
+    file, given = tmp_path / "weights.safetensors", {"arch": "tiny:TinyNet", "budget": "0trials"}
+    safetensors.torch.save_file(tiny.TinyNet().state_dict(), file)
+    asked = {**given, "out": tmp_path / "run"}
+    regraft.fit(tiny_images, str(file), **asked)
+    assert regraft.fit(tiny_images, str(file), **asked).record["forward_passes"] == 0
+    safetensors.torch.save_file(tiny.TinyNet(seed=1).state_dict(), file)
+    with pytest.raises(RunError, match=r"holds a run on other weights \(their digest was \w+ and is \w+\)"):
+        regraft.fit(tiny_images, str(file), **asked)
+    file.unlink()
+    assert regraft.fit(tiny_images, str(file), **asked).record["forward_passes"] == 0
+
+
+@pytest.mark.parametrize("option", [{"adapt": True}, {"min_coverage": 0.0}])
+def test_how_weights_are_loaded_is_part_of_what_a_run_was_asked(tmp_path, tiny_images, option):
+    file, given = tmp_path / "weights.safetensors", {"arch": "tiny:TinyNet", "budget": "0trials"}
+    safetensors.torch.save_file(tiny.TinyNet().state_dict(), file)
+    run = regraft.fit(tiny_images, str(file), out=tmp_path / "run", **given, **option)
+    assert option.items() <= run.record["options"].items()
+    other = regraft.fit(tiny_images, str(file), out=tmp_path / "other", **given)
+    with pytest.raises(RunError, match=f"other options .{next(iter(option))} was None and is"):
+        regraft.fit(tiny_images, str(file), out=other.folder, **given, **option)
 
 
 def test_other_pictures_into_a_run_are_refused_wherever_they_lie(tmp_path, tiny_images):

@@ -39,6 +39,8 @@ def fold_seconds(ground: Ground, candidate: Candidate) -> float:
     torch.set_num_threads(max(1, threads // workers(ground)))
     try:
         step = min(_step(ground, candidate, module, x) for _ in range(2))
+        if plot.takes == "map" and trained_on(ground, candidate) != STORED:
+            step += len(x) * _frozen_seconds(ground, candidate)
     finally:
         torch.set_num_threads(threads)
     folds = int(ground.task.folds.max()) + 1
@@ -49,14 +51,19 @@ def map_seconds(ground: Ground, candidate: Candidate) -> float:
     """Seconds to prepare all views of all pictures, through the frozen part where there is one."""
     each = _preparing(ground, candidate) / torch.get_num_threads()
     if trained_on(ground, candidate) == STORED:
-        frozen = freeze_lower(ground.backbone.trace, [candidate.cut], ground.backbone.preprocess, ground.numerics)
-        shape = _shape(ground, replace(candidate, cut=PICTURE))
-        pictures = torch.zeros(ground.numerics.batch, *shape, dtype=torch.uint8)
-        values_at_cuts(frozen, pictures)
-        started = time.perf_counter()
-        values_at_cuts(frozen, pictures)
-        each += (time.perf_counter() - started) / len(pictures)
+        each += _frozen_seconds(ground, candidate)
     return len(ground.task.labels) * candidate.views * each
+
+
+def _frozen_seconds(ground: Ground, candidate: Candidate) -> float:
+    """Seconds to push one picture through the frozen part below the candidate."""
+    frozen = freeze_lower(ground.backbone.trace, [candidate.cut], ground.backbone.preprocess, ground.numerics)
+    shape = _shape(ground, replace(candidate, cut=PICTURE))
+    pictures = torch.zeros(ground.numerics.batch, *shape, dtype=torch.uint8)
+    values_at_cuts(frozen, pictures)
+    started = time.perf_counter()
+    values_at_cuts(frozen, pictures)
+    return (time.perf_counter() - started) / len(pictures)
 
 
 def _preparing(ground: Ground, candidate: Candidate) -> float:

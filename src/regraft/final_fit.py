@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from dataclasses import replace
 from functools import partial
@@ -11,17 +10,22 @@ from pathlib import Path
 import torch
 
 from regraft.artifact import TransferModel, assemble
+from regraft.attempts import Attempt
+from regraft.data import Dataset
 from regraft.files import digest_json
 from regraft.finetune import Ground, fit_all, plot_of
 from regraft.heads import Head
-from regraft.ladder import SLOWER, Climb, Say, maps_of, network_probe
+from regraft.ladder import SLOWER, UNTRAINABLE, Climb, Say, first_line, maps_of, network_probe
+from regraft.maps import Maps
 from regraft.probe import fit_head
 from regraft.scores import Interval
 from regraft.training import Checkpoints, Diverged
-from regraft.tuned import Tuned, scaled
+from regraft.tuned import Grown, Tuned, scaled
 
 AFTER = 4.0
 """Seconds to save the model and write the report."""
+LONGER = 1.2
+"""The test is expected to take so many times as long as its first pictures say."""
 
 
 def grown(
@@ -36,31 +40,49 @@ def grown(
         return probed, climbed
     if winner.candidate.epochs == 0:
         return _both_probes(ground, climbed, probed), climbed
-    maps = climbed.maps or maps_of(ground, winner.candidate, say)
-    before = 0 if climbed.maps is None else maps.forward_passes + sum(maps.again)
-    say(f"training {winner.candidate.name} on all pictures", 0, 1)
-    facts = {"candidate": winner.candidate.to_json(), "epochs": winner.epochs, "seed": ground.seed}
-    facts |= {"examples": digest_json([ground.bench.table.ids[i] for i in ground.bench.chosen])}
-    facts |= {"weights": ground.backbone.source.weights, "numerics": ground.numerics.to_json()}
-    facts |= {"labels": digest_json(ground.task.labels.tolist())}
-    module = None
-    for slower in (winner.slower, winner.slower * SLOWER):
-        keep = partial(Checkpoints, checkpoints / f"rate-{slower:g}", facts={**facts, "slower": slower})
-        with contextlib.suppress(Diverged):
-            module = fit_all(ground, winner.candidate, maps, winner.epochs, slower=slower, checkpoints=keep)
-            break
-    passes = climbed.forward_passes + maps.forward_passes + sum(maps.again) - before
+    maps, module, why = climbed.maps, None, ""
+    before = _passes(maps)
+    try:
+        maps = maps or maps_of(ground, winner.candidate, say)
+        say(f"training {winner.candidate.name} on all pictures", 0, 1)
+        module = _on_all(ground, winner, maps, checkpoints)
+    except Diverged:
+        why = "diverged on all pictures"
+    except UNTRAINABLE as e:
+        why = f"failed on all pictures: {first_line(e)}"
+    climbed = replace(climbed, forward_passes=climbed.forward_passes + _passes(maps) - before)
     if module is None:
-        reason = f"{winner.candidate.name} was better than the probe, but diverged on all pictures"
-        return probed, replace(climbed, winner=None, score=stated, reason=reason, forward_passes=passes)
+        reason = f"{winner.candidate.name} was better than the probe, but {why}"
+        return probed, replace(climbed, winner=None, score=stated, reason=reason)
     scaled(module, winner.whole * winner.share * winner.own)
     rest = winner.whole * (1 - winner.share)
     tuned = Tuned(plot_of(ground, winner.candidate), module, winner.share)
     head = Head(probed.head.views, probed.head.weight * rest, probed.head.bias * rest)
     if winner.share == 1:
         head = Head((), torch.zeros(len(probed.labels), 0), torch.zeros(len(probed.labels)))
-    model = assemble(ground.backbone, head, probed.labels, ground.numerics, tuned)
-    return model, replace(climbed, forward_passes=passes)
+    return assemble(ground.backbone, head, probed.labels, ground.numerics, tuned), climbed
+
+
+def _on_all(ground: Ground, winner: Attempt, maps: Maps, checkpoints: Path) -> Grown:
+    """The winner trained on all pictures, at a tenth of its rate where it diverges."""
+    facts = {"candidate": winner.candidate.to_json(), "epochs": winner.epochs, "seed": ground.seed}
+    facts |= {"examples": digest_json([ground.bench.table.ids[i] for i in ground.bench.chosen])}
+    facts |= {"weights": ground.backbone.source.weights, "numerics": ground.numerics.to_json()}
+    facts |= {"labels": digest_json(ground.task.labels.tolist())}
+
+    def at(slower: float) -> Grown:
+        keep = partial(Checkpoints, checkpoints / f"rate-{slower:g}", facts={**facts, "slower": slower})
+        return fit_all(ground, winner.candidate, maps, winner.epochs, slower=slower, checkpoints=keep)
+
+    try:
+        return at(winner.slower)
+    except Diverged:
+        return at(winner.slower * SLOWER)
+
+
+def _passes(maps: Maps | None) -> int:
+    """Pictures that were pushed through the frozen part for these maps."""
+    return maps.forward_passes + sum(maps.again) if maps else 0
 
 
 def _both_probes(ground: Ground, climbed: Climb, probed: TransferModel) -> TransferModel:
@@ -70,17 +92,16 @@ def _both_probes(ground: Ground, climbed: Climb, probed: TransferModel) -> Trans
     network = fit_head(ground.bench, ground.task, network_probe(ground))
     ours, theirs = winner.whole * (1 - winner.share), winner.whole * winner.share * winner.own
     weight, bias = torch.cat([own.weight * ours, network.weight * theirs], 1), own.bias * ours + network.bias * theirs
-    head = Head((*own.views, *network.views), weight, bias)
-    if winner.share == 1:
-        head = Head(network.views, network.weight * theirs, network.bias * theirs)
-    return assemble(ground.backbone, head, probed.labels, ground.numerics)
+    return assemble(ground.backbone, Head((*own.views, *network.views), weight, bias), probed.labels, ground.numerics)
 
 
-def seconds_after(model: TransferModel, tested: int) -> float:
-    """Seconds to save, test and report, from one timed batch of the probe's model."""
-    spec, small = model.preprocess, model.small
-    batch = torch.zeros(model.numerics.batch, spec.channels, *spec.size, dtype=torch.uint8)
-    reduced = torch.zeros(len(batch), small.channels, *small.size, dtype=torch.uint8) if small else None
+def seconds_after(model: TransferModel, tested: Dataset | None) -> float:
+    """Seconds to save, test and report, from a few test pictures that the probe's model answers."""
+    if tested is None:
+        return AFTER
+    batch = model.numerics.batch
+    list(model.answers(tested.examples[:batch]))  # the first one sets things up
+    some = tested.examples[batch : 3 * batch] or tested.examples
     started = time.perf_counter()
-    model.run(batch, reduced)
-    return AFTER + 2 * tested * (time.perf_counter() - started) / len(batch)
+    list(model.answers(some))
+    return AFTER + LONGER * len(tested.examples) * (time.perf_counter() - started) / len(some)

@@ -20,14 +20,14 @@ from torch import nn
 from regraft.augment import Augment
 from regraft.backbone import Backbone
 from regraft.candidates import BATCH, Candidate
-from regraft.graph import find_cut
+from regraft.graph import find_cut, shares_above
 from regraft.heads import INPUT, View
-from regraft.maps import Maps, storing_pays
+from regraft.maps import Maps, views_stored
 from regraft.networks.small import FEATURES
 from regraft.nn import Clipping
 from regraft.numerics import Numerics
 from regraft.probe import Bench, Task, Trial, fit_head, narrowed, next_start, probe_several
-from regraft.training import Checkpoints, Diverged, Plan, Stage, batches_of, shuffled, train
+from regraft.training import Checkpoints, Diverged, Halted, Plan, Stage, batches_of, shuffled, train
 from regraft.tuned import PICTURE, SMALL, Grown, Plot, batch_norms, grow, run_tuned, stage_names
 
 SEVERAL = 4
@@ -38,6 +38,7 @@ SMOOTHING = 0.1
 STORED = "stored maps"
 MIX = 0.2
 NOISE = 0.1
+JUDGED_AT_ONCE = 64
 LOWER_OPENS = 0.3
 """Share of the epochs after which the next stage below opens."""
 FEW_POSITIONS = 64
@@ -100,7 +101,7 @@ def train_fold(
     out = []
 
     def judge(epoch: int) -> bool:
-        logits = logits_of(module, maps, held, ground.numerics.device)
+        logits = logits_of(module, maps, held, ground.numerics.device, halt)
         if not np.isfinite(logits).all():
             raise Diverged(epoch, batches_of(len(learned), BATCH) - 1)
         out.append(logits)
@@ -170,13 +171,20 @@ def stages_of(ground: Ground, candidate: Candidate, module: Grown) -> list[Stage
     return stages
 
 
-def logits_of(module: Grown, maps: Maps, rows: np.ndarray, device: str) -> np.ndarray:
-    """Logits float32 (rows, classes) of the pictures themselves (view 0), as the saved part will give them."""
+def logits_of(
+    module: Grown, maps: Maps, rows: np.ndarray, device: str, halt: Callable[[], bool] = lambda: False
+) -> np.ndarray:
+    """Logits float32 (rows, classes) of the pictures themselves (view 0), as the saved part will give them.
+
+    Raises Halted soon after `halt` says so.
+    """
     mode = [norm for norm in batch_norms(module) if norm.training]
     module.eval()
     parts = []
-    for i in range(0, len(rows), 256):
-        some = rows[i : i + 256]
+    for i in range(0, len(rows), JUDGED_AT_ONCE):
+        if halt():
+            raise Halted
+        some = rows[i : i + JUDGED_AT_ONCE]
         parts.append(run_tuned(module, maps.batch(some, np.zeros(len(some), np.int64)).to(device)))
     for norm in mode:
         norm.train()
@@ -227,9 +235,17 @@ def trained_on(ground: Ground, candidate: Candidate) -> str:
         return "stored features"
     if candidate.cut in (INPUT, PICTURE):
         return "pictures in memory"
-    if storing_pays(find_cut(ground.backbone.trace, candidate.cut).shape, ground.backbone.preprocess):
+    if stored_of(ground, candidate):
         return STORED
-    return "pictures in memory, frozen layers run at every step: their maps would be larger than the pictures"
+    return "pictures in memory, frozen layers run at every step: storing their maps would cost more than it saves"
+
+
+def stored_of(ground: Ground, candidate: Candidate) -> int:
+    """How many views are stored as maps at the candidate's cut (see `views_stored`)."""
+    trace, spec = ground.backbone.trace, ground.backbone.preprocess
+    cut = find_cut(trace, candidate.cut)
+    below = 1 - shares_above(trace, [cut])[0]
+    return views_stored(len(ground.task.labels), cut.shape, below, spec, candidate.views)
 
 
 def trains_in_bfloat16(ground: Ground, candidate: Candidate) -> bool:

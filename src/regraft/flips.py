@@ -38,7 +38,8 @@ def flips_are_harmless(ground: Ground) -> tuple[bool, int]:
     trials = [t for t in ground.trials.values() if len(t.views) == 1 and t.name != INPUT]
     trial = min(trials, key=lambda t: t.log_loss)
     task, bench, table = ground.task, ground.bench, ground.bench.table
-    held = np.flatnonzero(task.folds[0] == 0)[:ASKED]
+    held = np.flatnonzero(task.folds[0] == 0)
+    held = held[np.linspace(0, len(held) - 1, min(ASKED, len(held))).astype(int)]  # of all classes, which lie in order
     ids = [table.ids[bench.chosen[i]] for i in held]
     everything = [[table.ids[i], label] for i, label in zip(bench.chosen, task.labels.tolist(), strict=True)]
     facts = {"features": table.keys[trial.name].digest, "ids": digest_json(ids), "pictures": digest_json(everything)}

@@ -11,6 +11,7 @@ Knows candidates, folds and time. What was tried is kept in the store, and not t
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -18,7 +19,6 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
-import torch
 
 from regraft.ahead import side_by_side
 from regraft.attempts import Attempt, Status, judged, recalled, remember
@@ -27,10 +27,11 @@ from regraft.budget import Budget
 from regraft.candidates import Candidate, Place, beside_the_input, worth_trying
 from regraft.costs import fold_seconds, map_seconds, workers
 from regraft.errors import BackboneError, CutError, TrainingError
-from regraft.finetune import STORED, Ground, plot_of, train_fold, trained_on, trains_in_bfloat16
+from regraft.finetune import STORED, Ground, plot_of, stored_of, train_fold, trained_on, trains_in_bfloat16
+from regraft.frozen import freeze_lower
 from regraft.graph import find_cut, shares_above
 from regraft.heads import INPUT
-from regraft.maps import Maps, extract_maps, picture_views, views_that_fit
+from regraft.maps import Maps, extract_maps, fit_together, picture_views, views_that_fit
 from regraft.preprocess import input_spec
 from regraft.probe import Trial
 from regraft.scores import Interval, bootstrap_interval, paired_difference, widened
@@ -44,8 +45,12 @@ SURE = 300
 SLOWER = 0.1
 SPARE = 1.1
 """Estimates of time are taken so much higher."""
-FINAL = 1.1
-"""The final fit takes so many times as long as one fold: it has more pictures, and all cores for itself."""
+FINAL = 0.9
+"""The final fit takes so many times as long as a fold for as many pictures: it has all cores, and judges none."""
+FORWARD = 0.4
+"""Share of a step that answering the same pictures takes."""
+UNTRAINABLE = (TrainingError, BackboneError, CutError, RuntimeError, MemoryError)
+"""What ends one candidate, not the climb: torch refuses with a RuntimeError what it cannot train or hold in memory."""
 FIRST = ("top layers", "scratch", "more layers", "layers dropped")
 """Cheap candidates that often win come first; the others in order of complexity."""
 Say = Callable[[str, int, int], None]
@@ -72,7 +77,6 @@ class _Rung:
 
     candidate: Candidate
     outcomes: dict[int, np.ndarray] = field(default_factory=dict)
-    maps: Maps | None = None
     slower: float = 1.0
     seconds: float = 0.0
     fold: float = 0.0
@@ -81,13 +85,18 @@ class _Rung:
 
 @dataclass
 class _Way:
-    """How a climb stands: what it may spend, what it has used, and the maps that candidates share."""
+    """How a climb stands: what it may spend, what it has used, and the maps that candidates share.
+
+    tested: pictures that the saved model will answer; after: seconds to leave for what follows the folds in training.
+    """
 
     ground: Ground
     probe: Trial
     budget: Budget
     reserve: float
     say: Say
+    tested: int = 0
+    after: float = 0.0
     maps: dict[object, Maps] = field(default_factory=dict)
     forward_passes: int = 0
     steps: int = 0
@@ -102,13 +111,13 @@ def climb(
     augment: Augment,
     *,
     reserve: float = 0.0,
+    tested: int = 0,
     say: Say = lambda what, done, total: None,
-    checkpoint: Callable[[], None] = lambda: None,
 ) -> Climb:
     """Try what is worth trying while the budget lasts.
 
-    probe: the choice of the curve, with the score `stated` for it; reserve: seconds to leave for what comes after,
-    beside the winner's final fit; checkpoint: called when something was tried.
+    probe: the choice of the curve, with the score `stated` for it; reserve: seconds to leave for what comes after with
+    the probe's model, beside the winner's final fit; tested: pictures that the saved model will answer then.
     """
     trained = [_Rung(candidate) for candidate in candidates_for(ground, augment)]
     rungs = [*(_solved(ground, probe) if trained and budget.trials != 0 else ()), *trained]
@@ -116,14 +125,13 @@ def climb(
     if FIRST_FOLDS * len(ground.task.labels) >= ENOUGH_HELD_OUT * len(folds):
         folds = folds[:FIRST_FOLDS]
     spent = budget.left() <= reserve
-    way = _Way(ground, probe, budget, reserve, say, of=2 * len(trained))
+    way = _Way(ground, probe, budget, reserve, say, tested, of=2 * len(trained))
     order = sorted(trained, key=lambda r: FIRST.index(r.candidate.name) if r.candidate.name in FIRST else len(FIRST))
     for number, rung in enumerate(order):
         if budget.trials is not None and number >= budget.trials:
             rung.ended = ("skipped", f"the budget of {budget.trials} trials was spent")
             continue
         _advance(way, rung, folds[:FIRST_FOLDS], rungs, len(folds) - FIRST_FOLDS)
-        checkpoint()
         _release(way, rungs)
         if rung.ended is None and not _promising(way, rung):
             rung.ended = ("stopped", "behind the probe on the first folds, in hits and in log-loss")
@@ -133,13 +141,12 @@ def climb(
         rung.ended = ("stopped", "in the lesser half on the first folds")
     for rung in going[:kept]:
         _advance(way, rung, folds[FIRST_FOLDS:], going[:kept], 0)
-        checkpoint()
         _release(way, rungs)
     found = tuple(_attempt(way, rung) for rung in rungs)
     winner, score, reason = decide(ground, probe, stated, found)
     if spent and trained and winner is None:
-        reason = "the budget was spent when the curve was done: give more to try anything beyond it"
-    maps = next((r.maps for r in rungs if winner and r.candidate == winner.candidate), None)
+        reason = "the budget was spent when the curve was done: give more, and another --out, to try anything beyond it"
+    maps = way.maps.get(_shared(winner.candidate)) if winner else None
     for shared in way.maps:
         way.forward_passes += sum(way.maps[shared].again)
     return Climb(found, winner, score, reason, way.forward_passes, maps)
@@ -214,28 +221,36 @@ def _wins(probe: Trial, attempts: Sequence[Attempt], groups: np.ndarray, where: 
     return best
 
 
-def maps_of(ground: Ground, candidate: Candidate, say: Say, held: int = 0) -> Maps:
-    """The views that a candidate is trained on, as many as fit into memory. Raises TrainingError where none do.
-
-    held: bytes of other candidates' maps that are held as well.
-    """
-    table, chosen = ground.bench.table, ground.bench.chosen
+def maps_of(ground: Ground, candidate: Candidate, say: Say) -> Maps:
+    """The views that a candidate is trained on, as many as fit into memory. Raises TrainingError where none do."""
+    table, chosen, backbone, numerics = ground.bench.table, ground.bench.chosen, ground.backbone, ground.numerics
     examples, ids = [table.examples[i] for i in chosen], [table.ids[i] for i in chosen]
-    plot, spec, views = plot_of(ground, candidate), ground.backbone.preprocess, candidate.views
-    if plot.takes == "input":
-        spec = input_spec(plot.channels)
-    if trained_on(ground, candidate) == STORED:
-        fit = views_that_fit(len(ids), find_cut(ground.backbone.trace, candidate.cut).shape, 2, views, held)
-    else:
-        fit = views_that_fit(len(ids), (spec.channels, *spec.size), 1, views, held)
-    if fit == 0:
+    views, _ = _views_of(ground, candidate)
+    if views == 0:
         raise TrainingError(f"What {candidate.name} trains on must fit into memory; {len(ids)} pictures do not.")
+    plot = plot_of(ground, candidate)
+    if trained_on(ground, candidate) == STORED:
+        tell = partial(say, f"computing maps at {candidate.cut}")
+        return extract_maps(
+            examples, ids, backbone, candidate.cut, table.store, numerics, views, candidate.augment, tell
+        )
+    spec = input_spec(plot.channels) if plot.takes == "input" else backbone.preprocess
+    pictures = picture_views(examples, ids, spec, views, candidate.augment)
     if plot.takes != "map":
-        return picture_views(examples, ids, spec, fit, candidate.augment)
-    tell = partial(say, f"computing maps at {candidate.cut}")
-    return extract_maps(
-        examples, ids, ground.backbone, candidate.cut, table.store, ground.numerics, fit, candidate.augment, tell
-    )
+        return pictures
+    return replace(pictures, lower=freeze_lower(backbone.trace, [candidate.cut], backbone.preprocess, numerics))
+
+
+def _views_of(ground: Ground, candidate: Candidate) -> tuple[int, int]:
+    """How many views a candidate is trained on, by numbers and shapes alone, and the bytes that they take."""
+    n, plot = len(ground.task.labels), plot_of(ground, candidate)
+    if trained_on(ground, candidate) == STORED:
+        views = stored_of(ground, candidate)
+        return views, 2 * n * views * math.prod(find_cut(ground.backbone.trace, candidate.cut).shape)
+    spec = input_spec(plot.channels) if plot.takes == "input" else ground.backbone.preprocess
+    shape = (spec.channels, *spec.size)
+    views = views_that_fit(n, shape, 1, candidate.views)
+    return views, n * views * math.prod(shape)
 
 
 def network_probe(ground: Ground, where: np.ndarray | None = None) -> Trial:
@@ -300,9 +315,14 @@ def _advance(way: _Way, rung: _Rung, folds: Sequence[int], others: Sequence[_Run
         rung.ended = ("failed", f"{e} It was tried again at a tenth of the rate.")
     except Halted:
         rung.ended = ("unfinished", "the time ran out while it trained")
-    except (TrainingError, BackboneError, CutError, torch.OutOfMemoryError) as e:
-        rung.ended = ("failed", str(e))
+    except UNTRAINABLE as e:
+        rung.ended = ("failed", first_line(e))
     rung.seconds += time.monotonic() - started
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, without the traces that torch hangs below it."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def _too_long(way: _Way, rung: _Rung, folds: Sequence[int], others: Sequence[_Rung], later: int) -> bool:
@@ -319,10 +339,10 @@ def _too_long(way: _Way, rung: _Rung, folds: Sequence[int], others: Sequence[_Ru
     for known in (rung, best):  # what was recalled has not been timed
         if known is not None and not known.fold:
             known.fold = fold_seconds(way.ground, known.candidate)
-    maps = 0.0 if rung.maps or _shared(way, rung) in way.maps else map_seconds(way.ground, rung.candidate)
+    maps = 0.0 if _shared(rung.candidate) in way.maps else map_seconds(way.ground, rung.candidate)
     rest = -(-later // side) * best.fold if best else 0.0
-    final = FINAL * max(rung.fold, best.fold if best else 0.0)
-    needed = SPARE * (maps + -(-len(folds) // side) * rung.fold + rest + final)
+    way.after = SPARE * (rest + max(_final(way, one) for one in (rung, best or rung)))
+    needed = SPARE * (maps + -(-len(folds) // side) * rung.fold) + way.after
     if needed <= left:
         return False
     words = "its other folds and the final fit" if rung.outcomes else "it and what must follow"
@@ -333,19 +353,30 @@ def _too_long(way: _Way, rung: _Rung, folds: Sequence[int], others: Sequence[_Ru
     return True
 
 
+def _final(way: _Way, rung: _Rung) -> float:
+    """Seconds that the final fit of a candidate takes, and its part in answering the test pictures."""
+    n, folds = len(way.ground.task.labels), int(way.ground.task.folds.max()) + 1
+    once = rung.fold / max(1, rung.candidate.epochs) / (n * (1 - 1 / folds))  # seconds of a picture in an epoch
+    return once * (FINAL * n * rung.candidate.epochs + FORWARD * way.tested)
+
+
 def _train(way: _Way, rung: _Rung, folds: Sequence[int]) -> None:
     """Train a candidate on these folds, side by side; an error or an interrupt stops all of them soon."""
     ground, candidate = way.ground, rung.candidate
-    if rung.maps is None:
-        shared = _shared(way, rung)
-        if shared not in way.maps:
-            held = sum(maps.values.nbytes for maps in way.maps.values())
-            way.maps[shared] = maps_of(ground, candidate, way.say, held)
-            way.forward_passes += way.maps[shared].forward_passes
-        rung.maps = way.maps[shared]
-    maps = rung.maps
+    end = time.monotonic() + way.budget.left() - way.reserve - way.after
+
+    def say(what: str, done: int, total: int) -> None:
+        if time.monotonic() > end:
+            raise Halted
+        way.say(what, done, total)
+
+    shared = _shared(candidate)
+    if shared not in way.maps:
+        _make_room(way, _views_of(ground, candidate)[1])
+        way.maps[shared] = maps_of(ground, candidate, say)
+        way.forward_passes += way.maps[shared].forward_passes
+    maps = way.maps[shared]
     halted = threading.Event()
-    end = time.monotonic() + way.budget.left() - way.reserve - FINAL * rung.fold
 
     def one(fold: int) -> tuple[np.ndarray, float]:
         halt = lambda: halted.is_set() or time.monotonic() > end  # noqa: E731
@@ -372,15 +403,23 @@ def _train(way: _Way, rung: _Rung, folds: Sequence[int]) -> None:
 
 def _release(way: _Way, rungs: Sequence[_Rung]) -> None:
     """Let go of the maps that no candidate still needs."""
-    needed = {_shared(way, rung) for rung in rungs if rung.ended is None}
+    able = [r for r in rungs if r.ended is None or (r.ended[0] == "unfinished" and len(r.outcomes) >= FIRST_FOLDS)]
+    needed = {_shared(rung.candidate) for rung in able}
     for shared in [shared for shared in way.maps if shared not in needed]:
-        way.forward_passes += sum(way.maps.pop(shared).again)
-    for rung in rungs:
-        if rung.ended is not None:
-            rung.maps = None
+        _let_go(way, shared)
 
 
-def _shared(way: _Way, rung: _Rung) -> object:
+def _make_room(way: _Way, wanted: int) -> None:
+    """Let go of maps, the oldest first, until so many bytes more may be held: they are in the store, or made again."""
+    for shared in list(way.maps):
+        if not fit_together(way.maps.values(), wanted):
+            _let_go(way, shared)
+
+
+def _let_go(way: _Way, shared: object) -> None:
+    way.forward_passes += sum(way.maps.pop(shared).again)
+
+
+def _shared(candidate: Candidate) -> object:
     """What candidates have in common that train on the same maps."""
-    candidate = rung.candidate
     return candidate.cut, candidate.views, tuple(candidate.augment.to_json().items())

@@ -1,7 +1,7 @@
 """What a part above a cut is trained on: the tensors at the cut for a few views of every picture, computed once.
 
 Maps at a cut are kept in the store, one key for each view; a part that starts at the picture itself keeps the prepared
-pictures in memory and stores nothing. Where maps would be larger than the pictures, `lower` is run again instead.
+pictures in memory and stores nothing. Where storing would cost more than it saves, `lower` is run again instead.
 Knows pictures, views and the store; nothing of training. Not covered: sets whose maps do not fit into memory.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from regraft.ahead import in_order, side_by_side
+from regraft.allocator import memory_for_pictures
 from regraft.augment import Augment, augmented
 from regraft.backbone import Backbone
 from regraft.data import Example, printable, read
@@ -28,8 +29,16 @@ from regraft.preprocess import PreprocessSpec, fit_to_size
 from regraft.store import FeatureKey, FeatureStore, extraction_lock, read_features, stored_ids, write_features
 
 WRITTEN_AT_ONCE = 512
-LARGEST = 6_000_000_000
+LARGEST = memory_for_pictures()
 """Bytes of maps and pictures that are held in memory at most, of all candidates."""
+FEWEST_VIEWS = 2
+"""Maps of fewer views are not worth storing where pictures of as many fit into memory."""
+WORTH = 20.0
+"""A map may be so many times as large as the picture as the share of the arithmetic below it times this.
+
+Writing and reading a map in float16 takes about 2.5 ns a byte, for each of 4 views; running all of EfficientNet-Lite0
+again takes 5 ms, in each of 10 epochs. Larger networks take longer, and gain more by storing.
+"""
 
 
 @dataclass(frozen=True)
@@ -61,17 +70,28 @@ class Maps:
         return torch.cat([torch.from_numpy(as_map(part, self.lower.cuts[0])) for part in parts]).float()
 
 
-def storing_pays(shape: Sequence[int], spec: PreprocessSpec) -> bool:
-    """Whether a map of this shape, float16, is no larger than the prepared picture, uint8.
+def views_stored(n: int, shape: Sequence[int], below: float, spec: PreprocessSpec, wanted: int) -> int:
+    """How many views of n pictures are stored as maps of this shape; 0 where `lower` is run again at every step.
 
-    The shallowest maps are: writing and reading them costs more than it saves, for below them little was computed.
+    below: share of the network's arithmetic below the cut. A map, float16, that is no larger than the prepared picture,
+    uint8, is stored, and a larger one where enough was computed below it; unless so few views fit into memory that
+    pictures are the better use of it.
     """
-    return 2 * int(np.prod(shape)) <= spec.channels * spec.size[0] * spec.size[1]
+    larger = 2 * int(np.prod(shape)) / (spec.channels * spec.size[0] * spec.size[1])
+    if larger > max(1.0, WORTH * below):
+        return 0
+    fit = views_that_fit(n, shape, 2, wanted)
+    return fit if fit >= min(FEWEST_VIEWS, views_that_fit(n, (spec.channels, *spec.size), 1, wanted)) else 0
 
 
-def views_that_fit(n: int, shape: Sequence[int], bytes_each: int, wanted: int, held: int = 0) -> int:
-    """How many views of n pictures fit beside the bytes that are held, at most `wanted`; 0 where not even one does."""
-    return min(wanted, max(0, LARGEST - held) // max(1, n * bytes_each * int(np.prod(shape))))
+def views_that_fit(n: int, shape: Sequence[int], bytes_each: int, wanted: int) -> int:
+    """How many views of n pictures fit into memory, at most `wanted`; 0 where not even one does."""
+    return min(wanted, LARGEST // max(1, n * bytes_each * int(np.prod(shape))))
+
+
+def fit_together(held: Iterable[Maps], wanted: int) -> bool:
+    """Whether so many bytes more fit into memory beside the maps that are held."""
+    return sum(maps.values.nbytes for maps in held) + wanted <= LARGEST
 
 
 def picture_views(
@@ -103,9 +123,6 @@ def extract_maps(
     changed since its features were computed.
     """
     frozen = freeze_lower(backbone.trace, [cut], backbone.preprocess, numerics)
-    if not storing_pays(frozen.cuts[0].shape, backbone.preprocess):
-        kept = picture_views(examples, ids, backbone.preprocess, views, augment)
-        return Maps(kept.values, 0, frozen)
     keys = map_keys(frozen, backbone.source.weights, views, augment)
     values = np.empty((len(ids), views, *frozen.cuts[0].shape), np.float16)
     first: dict[str, int] = {}

@@ -13,12 +13,13 @@ import numpy as np
 import torch
 
 from regraft.ahead import in_order
+from regraft.allocator import memory_for_pictures
 from regraft.data import Dataset, Example, LeftOut, printable, read
 from regraft.errors import DataError, PictureError
 from regraft.preprocess import PreprocessSpec, fit_to_size, plain_spec
 
 DECODERS = 2
-LARGEST = 6_000_000_000
+LARGEST = memory_for_pictures()
 LOOKED_AT = 32
 SMALL = 64
 """Pictures that are all of one size, no larger than this, keep it."""

@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -35,13 +36,15 @@ from regraft.nn import Clipping, Health
 from regraft.predict import Evaluation, evaluate_model
 from regraft.probe import fit_head
 from regraft.readers import is_file_spec
-from regraft.record import read_record, refuse_inside, write_record
+from regraft.record import read_record, refuse_inside, spending, write_record
 from regraft.report import REPORT_FILE, write_report
-from regraft.run_record import finished_record, pictures_of, record_of
+from regraft.run_record import finished_record, pictures_of, record_of, refuse_other_weights
 from regraft.store import FeatureStore, open_store
 
 CHECKPOINTS = "checkpoints"
 CLIPPING = Clipping("norm", 1.0)
+UNASKED = {"adapt": False, "min_coverage": 1.0}
+"""Options about weights that are not None where nothing is asked."""
 
 Data = str | os.PathLike[str] | Dataset | tuple[Any, Any]
 
@@ -202,67 +205,63 @@ def fit(
         "augment": None if augment is None else list(augment),
         "balanced": balanced,
         "clipping": [clipping.by, clipping.limit],
-        **{name: value for name, value in weights.items() if value not in (None, {}, False, 1.0)},
+        **{name: value for name, value in weights.items() if value != UNASKED.get(name) and value != {}},
     }
     record = finished_record(folder, options, dataset, tested)
     if record is not None:
+        refuse_other_weights(folder, record, _weights_now(backbone, seed, weights))
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
         saved = load_model(folder, backbone=_given(backbone), device=device)
         now = {"forward_passes": 0, "seconds": {"total": time.perf_counter() - started}}
         return Run(folder, saved, record | now)
     spent = budget_from(budget, spent=_spent(folder), started=begun)
-    write_record(folder, {"status": "running", "options": options, "spent": spent.elapsed()})
-
-    say("loading the backbone", 0, 1)
-    network = load_backbone(backbone, example=example, seed=seed, **weights)
-    found = curve_of(
-        dataset,
-        network,
-        store or open_store(),
-        tested=tested,
-        device=device,
-        seed=seed,
-        strict=strict,
-        allow_empty_class=allow_empty_class,
-        say=say,
-        started=started,
-    )
-
-    seconds, at = dict(found.seconds), time.perf_counter()
-    trials = {trial.name: trial for trial in found.trials}
-    ground = Ground(network, found.numerics, found.bench, found.task, trials, seed, balanced, clipping)
-    head = fit_head(found.bench, found.task, found.choice.trial)
-    probed = assemble(network, head, dataset.labels, found.numerics)
-    seconds["head"] = time.perf_counter() - at
-    at = time.perf_counter()
-
-    def keep() -> None:
-        write_record(folder, {"status": "running", "options": options, "spent": spent.elapsed()})
-
-    keep()
-    reserve = seconds_after(probed, len(tested.examples) if tested else 0)
-    drawn, asked = _augmentation(ground, augment, spent)
-    with memory_kept():
-        climbed = climb(
-            ground, found.choice.trial, found.choice.score, spent, drawn, reserve=reserve, say=say, checkpoint=keep
+    with spending(folder, options, spent):
+        say("loading the backbone", 0, 1)
+        network = load_backbone(backbone, example=example, seed=seed, **weights)
+        found = curve_of(
+            dataset,
+            network,
+            store or open_store(),
+            tested=tested,
+            device=device,
+            seed=seed,
+            strict=strict,
+            allow_empty_class=allow_empty_class,
+            say=say,
+            started=started,
         )
-        seconds["search"] = time.perf_counter() - at
+
+        seconds, at = dict(found.seconds), time.perf_counter()
+        trials = {trial.name: trial for trial in found.trials}
+        ground = Ground(network, found.numerics, found.bench, found.task, trials, seed, balanced, clipping)
+        head = fit_head(found.bench, found.task, found.choice.trial)
+        probed = assemble(network, head, dataset.labels, found.numerics)
+        seconds["head"] = time.perf_counter() - at
         at = time.perf_counter()
-        model, climbed = grown(ground, climbed, found.choice.score, probed, folder / CHECKPOINTS, say)
-    facts = {"score": asdict(climbed.score), "agreement": found.agreement, "examples": len(found.task.labels)}
-    if model.tuned is not None:
-        facts["classes_of"] = sorted({found.table.ids[i] for i in found.bench.chosen})
-    save_model(model, network, folder, facts)
-    seconds["final"] = time.perf_counter() - at
-    at = time.perf_counter()
-    # What is reported is what is saved: the file is read back and judged as `predict` runs it.
-    saved = load_model(folder, backbone=_given(network), device=device)
-    evaluation = evaluate_model(saved, tested, lambda d, t: say("testing the saved model", d, t)) if tested else None
-    seconds["test"] = time.perf_counter() - at
-    seconds["total"] = spent.elapsed()
-    record = record_of(options, dataset, tested, found, climbed, evaluation, seconds)
-    record["forward_passes"] += asked
-    write_report(folder / REPORT_FILE, record, pictures_of(record, dataset, tested))
+
+        stated, count = found.choice.score, len(tested.examples) if tested else 0
+        reserve = seconds_after(probed, tested) if spent.seconds else 0.0
+        drawn, asked = _augmentation(ground, augment, spent)
+        with memory_kept():
+            climbed = climb(ground, found.choice.trial, stated, spent, drawn, reserve=reserve, tested=count, say=say)
+            seconds["search"] = time.perf_counter() - at
+            at = time.perf_counter()
+            model, climbed = grown(ground, climbed, stated, probed, folder / CHECKPOINTS, say)
+        facts = {"score": asdict(climbed.score), "agreement": found.agreement, "examples": len(found.task.labels)}
+        if model.tuned is not None:
+            facts["classes_of"] = sorted({found.table.ids[i] for i in found.bench.chosen})
+        save_model(model, network, folder, facts)
+        seconds["final"] = time.perf_counter() - at
+        at = time.perf_counter()
+        # What is reported is what is saved: the file is read back and judged as `predict` runs it.
+        saved = load_model(folder, backbone=_given(network), device=device)
+        tell = partial(say, "testing the saved model")
+        evaluation = evaluate_model(saved, tested, tell) if tested else None
+        seconds["test"] = time.perf_counter() - at
+        seconds["total"] = spent.elapsed()
+        record = record_of(options, dataset, tested, found, climbed, evaluation, seconds)
+        record["forward_passes"] += asked
+        write_report(folder / REPORT_FILE, record, pictures_of(record, dataset, tested))
     write_record(folder, record)
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     return Run(folder, saved, record)
@@ -326,6 +325,13 @@ def _pretrained_here(backbone: str | nn.Module | Backbone) -> bool:
     return isinstance(backbone, str) and is_backbone_folder(backbone)
 
 
+def _weights_now(backbone: str | nn.Module | Backbone, seed: int, weights: WeightOptions) -> str | None:
+    """Digest of a network that lies in files, as they are now; None where it does not, or no more."""
+    if not isinstance(backbone, str) or not os.path.exists(backbone):
+        return None
+    return load_backbone(backbone, seed=seed, **weights).source.weights
+
+
 def _spent(folder: Path) -> float:
     """Seconds that interrupted executions of the run took."""
     record = read_record(folder)
@@ -336,7 +342,8 @@ def _augmentation(ground: Ground, names: Sequence[str] | None, budget: Budget) -
     """What may be done to pictures, and the pictures pushed through the network to find out."""
     if names is not None:
         return augment_from(names), 0
-    if budget.trials == 0 or budget.left() <= 0 or len(ground.task.labels) < LITTLE:
+    tried_before = budget.spent > 0  # by this run, with the pictures that it drew then: they are still the answer
+    if budget.trials == 0 or (budget.left() <= 0 and not tried_before) or len(ground.task.labels) < LITTLE:
         return Augment(), 0
     harmless, asked = flips_are_harmless(ground)
     return Augment(crop=True, flip=harmless, mix=True), asked

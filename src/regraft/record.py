@@ -1,7 +1,8 @@
 """record.json: what a run was asked, what it did, and what came of it.
 
-A run is a directory. Its record is written when it begins (`"status": "running"`, with the options) and again, whole,
-when it is finished. Knows one JSON file and what else may lie beside it, nothing of what the values mean.
+A run is a directory. Its record is written when it begins (`"status": "running"`, with the options), every few seconds
+with the time that was spent, and again, whole, when it is finished. Knows one JSON file and what else may lie beside
+it, nothing of what the values mean.
 """
 
 from __future__ import annotations
@@ -9,13 +10,19 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from regraft.budget import Budget
 from regraft.errors import RunError
 from regraft.files import TEMPORARY_PREFIX, stale_temporaries, write_json
 
 RECORD_FILE = "record.json"
+EVERY = 2.0
+"""Seconds between two notes of the time that was spent."""
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
@@ -52,6 +59,38 @@ def refuse_other_options(folder: Path, record: dict[str, Any], options: dict[str
     changed = [f"{k} was {before.get(k)!r} and is {v!r}" for k, v in options.items() if before.get(k) != v]
     if changed:
         raise RunError(f"{folder} holds a run with other options ({'; '.join(changed)}): choose another --out.")
+
+
+@contextmanager
+def spending(folder: Path, options: dict[str, Any], budget: Budget) -> Iterator[None]:
+    """While inside, the record says what was spent: a run that is killed goes on with the time that is left.
+
+    Raises RunError where the record cannot be written at the beginning; later ones are only missed.
+    """
+    ended = threading.Event()
+
+    def write() -> None:
+        write_record(folder, {"status": "running", "options": options, "spent": budget.elapsed()})
+
+    def tick() -> None:
+        while not ended.wait(EVERY):
+            with contextlib.suppress(RunError):
+                write()
+
+    write()
+    clock = threading.Thread(target=tick, daemon=True)
+    clock.start()
+    try:
+        yield
+    except BaseException:
+        ended.set()
+        clock.join()
+        with contextlib.suppress(RunError):
+            write()
+        raise
+    finally:
+        ended.set()
+        clock.join()
 
 
 def write_record(folder: Path, record: dict[str, Any]) -> None:

@@ -143,6 +143,16 @@ def finished_record(
     return record
 
 
+def refuse_other_weights(folder: Path, record: dict[str, Any], now: str | None) -> None:
+    """Raise RunError where the files of the network have changed since. now: their digest, None where unknown."""
+    before = record["curve"]["backbone"]["weights"]
+    if now is not None and now != before:
+        raise RunError(
+            f"{folder} holds a run on other weights (their digest was {before[:12]} and is {now[:12]}): choose another "
+            "--out."
+        )
+
+
 def _identities(dataset: Dataset, tested: Dataset | None, known: Mapping[str, str]) -> dict[str, str | None]:
     """Digests of every picture's bytes, label, split and group, wherever the data lie; `known` are digests by place."""
     return {
