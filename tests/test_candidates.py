@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 
 from regraft.augment import Augment
-from regraft.candidates import Place, worth_trying
+from regraft.candidates import Place, shortened, worth_trying
 
 PLACES = tuple(
     Place(name, depth, above)
@@ -111,3 +112,28 @@ def test_candidates_are_plain_values():
     told = [candidate.to_json() for candidate in first]
     assert len({str(value) for value in told}) == len(told)
     assert all(one != other for one, other in pairwise(told))
+
+
+@pytest.mark.parametrize(
+    ("name", "n", "lengths"),
+    [
+        ("top layers", 1000, [(5, 2), (2, 2)]),
+        ("more layers", 1000, [(3, 2), (2, 2)]),
+        ("all layers", 1000, [(2, 2)]),
+        ("scratch", 10_000, [(8, 2), (4, 2)]),
+        ("scratch", 1000, [(13, 4), (13, 2)]),
+        ("scratch", 300, [(30, 4), (30, 2)]),
+        ("layers replaced", 2000, [(7, 2)]),
+    ],
+)
+def test_a_candidate_is_shortened_to_a_half_and_a_quarter_but_not_below_what_it_needs(name, n, lengths):
+    whole = {c.name: c for c in worth_trying(n, PLACES, "f", DRAWN)}[name]
+    found = shortened(whole, n)
+    assert [(c.epochs, c.views) for c in found] == lengths
+    for shorter in found:
+        assert f"in {shorter.epochs} epochs and {shorter.views} views" in shorter.does
+        assert replace(shorter, does=whole.does, epochs=whole.epochs, views=whole.views) == whole
+
+
+def test_what_cannot_be_shortened_is_not():
+    assert shortened(replace(worth_trying(1000, PLACES, "f", DRAWN)[-1], epochs=2), 1000) == ()

@@ -25,7 +25,7 @@ from regraft.attempts import Attempt, judged, recalled, remember
 from regraft.augment import Augment
 from regraft.backbone import load_backbone
 from regraft.budget import budget_from
-from regraft.candidates import Candidate
+from regraft.candidates import Candidate, shortened
 from regraft.errors import ArtifactError
 from regraft.finetune import Ground
 from regraft.ladder import candidates_for, climb, decide, network_probe
@@ -273,6 +273,53 @@ def test_a_candidate_ends_early_enough_for_the_final_fit_of_the_best_so_far(grou
     rung = ladder._Rung(candidates_for(ground, DRAWN)[TOP])
     with pytest.raises(ladder.Halted):
         ladder._train(way, rung, [0])
+
+
+def costing(monkeypatch, epoch):
+    """Every epoch of a fold takes so many seconds, maps take none."""
+    monkeypatch.setattr(ladder, "fold_seconds", lambda ground, candidate: epoch * candidate.epochs)
+    monkeypatch.setattr(ladder, "map_seconds", lambda ground, candidate: 1e-9)
+    monkeypatch.setattr(ladder, "workers", lambda ground: 2)
+
+
+@pytest.mark.parametrize(("seconds", "epochs"), {2400: 10, 2200: 5, 1100: 2, 400: None}.items())
+def test_a_candidate_is_tried_in_as_many_epochs_as_the_time_allows(ground, monkeypatch, seconds, epochs):
+    costing(monkeypatch, 100.0)  # with the final fit on all pictures 2.1 times that, and a tenth to spare
+    way = replace(way_of(ground), budget=budget_from(f"{seconds}s"))
+    rung = ladder._Rung(candidates_for(ground, DRAWN)[TOP])
+    assert ladder._settled(way, rung, [0, 1], (), 3) == ([] if epochs is None else [0, 1])
+    assert rung.candidate.epochs == (epochs or 10)
+    assert (rung.ended is None) == (epochs is not None)
+    if epochs is None:
+        assert rung.ended[0] == "skipped"
+        assert rung.ended[1].startswith("it and what must follow, in 2 epochs, would take about ")
+    else:
+        assert rung.fold == 100 * epochs
+
+
+def test_a_length_that_is_known_is_taken_when_a_longer_one_does_not_end_in_time(ground, monkeypatch):
+    costing(monkeypatch, 100.0)
+    whole = candidates_for(ground, DRAWN)[TOP]
+    half = shortened(whole, len(ground.task.labels))[0]
+    for fold, rows in told(ground, 0.9, 0, epochs=half.epochs).items():
+        remember(ground, half, fold, rows, 1.0)
+    for seconds, wanted, missing in ((9000, whole, [0, 1]), (0, half, [])):
+        rung = ladder._Rung(whole)
+        way = replace(way_of(ground), budget=budget_from(f"{seconds}s"))
+        assert ladder._settled(way, rung, [0, 1], (), 3) == missing
+        assert rung.candidate == wanted
+        assert rung.ended is None
+    assert ladder._settled(way, rung, [2, 3, 4], (), 0) == []
+    assert sorted(rung.outcomes) == [0, 1, 2, 3, 4]
+
+
+def test_a_candidate_stays_at_the_length_at_which_it_was_judged(ground, monkeypatch):
+    costing(monkeypatch, 100.0)
+    whole = candidates_for(ground, DRAWN)[TOP]
+    rung = ladder._Rung(whole, outcomes=dict(list(told(ground, 0.9, 0).items())[:2]))
+    assert ladder._settled(replace(way_of(ground), budget=budget_from("1100s")), rung, [2, 3, 4], (), 0) == []
+    assert rung.candidate == whole
+    assert rung.ended[0] == "unfinished"
 
 
 def test_answering_the_test_pictures_is_part_of_what_a_candidate_takes(ground):

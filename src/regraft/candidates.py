@@ -9,7 +9,7 @@ Knows numbers and names of cuts; nothing of networks, features or time.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from regraft.augment import Augment
@@ -22,6 +22,10 @@ MUCH = 2000
 """From here on batch norms may move, and top layers may begin anew."""
 FEWEST_STEPS, BATCH = 400, 32
 """From random weights a network needs so many steps of so many pictures at least, however few pictures there are."""
+LENGTHS = (0.5, 0.25)
+"""Shares of its epochs in which a candidate is tried where the time does not last for all of them."""
+FEWEST = 2
+"""A shortened candidate keeps at least so many epochs, and so many views: one beside the picture itself."""
 TOP, UPPER = 0.15, 0.4
 """Shares of the network's arithmetic above the cuts from which parts are trained."""
 
@@ -95,6 +99,23 @@ def all_layers_alone(n: int, end: str, augment: Augment, *, scratch: bool) -> Ca
     )
 
 
+def shortened(candidate: Candidate, n: int) -> tuple[Candidate, ...]:
+    """The same in fewer epochs on n pictures and as much fewer views, the longest first.
+
+    What begins at random keeps the fewest steps that it needs.
+    """
+    anew = candidate.cut == "input" or candidate.fresh
+    fewest = max(FEWEST, -(-FEWEST_STEPS * BATCH // n)) if anew else FEWEST
+    found: list[Candidate] = []
+    for share in LENGTHS:
+        epochs = min(candidate.epochs, max(fewest, round(share * candidate.epochs)))
+        views = min(candidate.views, max(FEWEST, round(share * candidate.views)))
+        shorter = replace(candidate, epochs=epochs, views=views)
+        if shorter not in (candidate, *found):
+            found.append(shorter)
+    return tuple(replace(c, does=f"{c.does}, in {c.epochs} epochs and {c.views} views for want of time") for c in found)
+
+
 def worth_trying(n: int, places: Sequence[Place], best: str, augment: Augment) -> tuple[Candidate, ...]:
     """The candidates for n pictures, simplest first.
 
@@ -108,6 +129,8 @@ def worth_trying(n: int, places: Sequence[Place], best: str, augment: Augment) -
     | 200 | more layers, unfrozen one stage after another |
     | 500 | new hidden layers; all layers |
     | 2,000 | the top layers begun anew; batch norms that move on |
+
+    Where the time does not last for one of them it is tried in a half or a quarter of its epochs (see `shortened`).
     """
     if n < LITTLE:
         return ()

@@ -31,8 +31,9 @@ FOLDS_AT_ONCE = 5
 
 def fold_seconds(ground: Ground, candidate: Candidate) -> float:
     """Seconds to train on all folds but one, with as many threads as a fold gets."""
-    module = begin(ground, replace(candidate, hidden=(*candidate.hidden, 1)), np.arange(2))  # not the probe's head
-    plot, n = plot_of(ground, candidate), len(ground.task.labels)
+    anew = replace(candidate, fresh=PICTURE)  # takes as long, and no probe is solved for it to begin from
+    module = begin(ground, anew, np.arange(2))
+    plot, n = plot_of(ground, anew), len(ground.task.labels)
     dtype = torch.float32 if plot.takes == "map" else torch.uint8
     x = torch.zeros(min(BATCH, n), *_shape(ground, candidate), dtype=dtype, device=ground.numerics.device)
     threads = torch.get_num_threads()

@@ -4,7 +4,8 @@ Successive halving over folds (Jamieson and Talwalkar 2016): every candidate is 
 the probe are stopped there, the better half goes on to the others (with many pictures the first folds are enough). In
 the order of their complexity a candidate takes the place of the answer so far only if it is better beyond the noise on
 the folds that both have seen; so at worst the answer is the probe. With a budget in time all go on, the most promising
-first; one is tried only if it, what is left to do for the best so far, and the final fit are expected to end in time.
+first; one is tried only if it, what is left to do for the best so far, and the final fit are expected to end in time,
+in a half or a quarter of its epochs where all of them would not.
 
 Knows candidates, folds and time. What was tried is kept in the store, and not tried again.
 """
@@ -14,7 +15,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -24,7 +25,7 @@ from regraft.ahead import side_by_side
 from regraft.attempts import Attempt, Status, judged, recalled, remember
 from regraft.augment import Augment
 from regraft.budget import Budget
-from regraft.candidates import Candidate, Place, beside_the_input, worth_trying
+from regraft.candidates import Candidate, Place, beside_the_input, shortened, worth_trying
 from regraft.costs import fold_seconds, map_seconds, workers
 from regraft.errors import BackboneError, CutError, TrainingError
 from regraft.finetune import STORED, Ground, plot_of, stored_of, train_fold, trained_on, trains_in_bfloat16
@@ -73,13 +74,18 @@ class Climb:
 
 @dataclass
 class _Rung:
-    """A candidate on its way. outcomes: logits by fold so far; fold: seconds that training one takes."""
+    """A candidate on its way.
+
+    outcomes: logits by fold so far; fold, prepared: seconds that training on one and making its maps take, 0 where not
+    known yet.
+    """
 
     candidate: Candidate
     outcomes: dict[int, np.ndarray] = field(default_factory=dict)
     slower: float = 1.0
     seconds: float = 0.0
     fold: float = 0.0
+    prepared: float = 0.0
     ended: tuple[Status, str] | None = None
 
 
@@ -301,16 +307,12 @@ def _advance(way: _Way, rung: _Rung, folds: Sequence[int], others: Sequence[_Run
     started = time.monotonic()
     way.steps += 1
     way.say(f"trying {rung.candidate.name}", way.steps, way.of)
-    known = recalled(way.ground, rung.candidate, folds)
-    rung.outcomes |= {fold: rows for fold, (rows, _) in known.items()}
-    rung.slower = min([rung.slower, *(slower for _, slower in known.values())])
-    missing = [fold for fold in folds if fold not in rung.outcomes]
-    if not missing:
-        return
     try:
-        if _too_long(way, rung, missing, others, later):
+        missing = _settled(way, rung, folds, others, later)
+        if not missing and rung.ended is None:
             return
-        _train(way, rung, missing)
+        if missing:
+            _train(way, rung, missing)
     except Diverged as e:
         rung.ended = ("failed", f"{e} It was tried again at a tenth of the rate.")
     except Halted:
@@ -325,32 +327,63 @@ def first_line(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
-def _too_long(way: _Way, rung: _Rung, folds: Sequence[int], others: Sequence[_Rung], later: int) -> bool:
-    """Whether a candidate would not end in time; it is told so."""
-    left = way.budget.left() - way.reserve
-    if left == float("inf"):
-        return False
-    ended: Status = "unfinished" if rung.outcomes else "skipped"
-    if left <= 0:
-        rung.ended = (ended, "no time was left")
-        return True
+def _settled(way: _Way, rung: _Rung, folds: Sequence[int], others: Sequence[_Rung], later: int) -> list[int]:
+    """The folds to train a candidate on, at the longest of its lengths that is known or expected to end in time.
+
+    None where all are known, or where not even the shortest would end: then it is told so. Once judged at a length it
+    stays at it.
+    """
+    full, left = rung.candidate, way.budget.left() - way.reserve
+    fewer = () if rung.outcomes else shortened(full, len(way.ground.task.labels))
+    needed = 0.0
+    for candidate in (full, *fewer):
+        _cut_to(rung, candidate)
+        known = recalled(way.ground, candidate, folds)
+        missing = [fold for fold in folds if fold not in known and fold not in rung.outcomes]
+        if missing and 0 < left < float("inf"):
+            needed = _needed(way, rung, missing, others, later)
+        if not missing or left == float("inf") or 0 < needed <= left:
+            _take(rung, known)
+            return missing
+    _cut_to(rung, full)
+    if rung.outcomes:
+        _take(rung, known)
+    words = "its other folds and the final fit" if rung.outcomes else "it and what must follow"
+    shortest = f", in {fewer[-1].epochs} epochs," if fewer else ""
+    says = (
+        f"{words}{shortest} would take about {needed:.0f} s of the {left:.0f} s left"
+        if left > 0
+        else "no time was left"
+    )
+    rung.ended = ("unfinished" if rung.outcomes else "skipped", says)
+    return []
+
+
+def _take(rung: _Rung, known: Mapping[int, tuple[np.ndarray, float]]) -> None:
+    """Add what was trained before."""
+    rung.outcomes |= {fold: rows for fold, (rows, _) in known.items()}
+    rung.slower = min([rung.slower, *(slower for _, slower in known.values())])
+
+
+def _cut_to(rung: _Rung, candidate: Candidate) -> None:
+    """Go on with another length of a candidate: what it takes follows from what was measured."""
+    rung.fold *= candidate.epochs / max(1, rung.candidate.epochs)
+    rung.prepared *= candidate.views / rung.candidate.views
+    rung.candidate = candidate
+
+
+def _needed(way: _Way, rung: _Rung, folds: Sequence[int], others: Sequence[_Rung], later: int) -> float:
+    """Seconds that a candidate takes on these folds, and what must follow with it or with the best so far."""
     side = workers(way.ground)
     best = max((r for r in others if r.outcomes and r.ended is None), key=lambda r: _ahead(way, r), default=None)
     for known in (rung, best):  # what was recalled has not been timed
         if known is not None and not known.fold:
             known.fold = fold_seconds(way.ground, known.candidate)
-    maps = 0.0 if _shared(rung.candidate) in way.maps else map_seconds(way.ground, rung.candidate)
+    rung.prepared = rung.prepared or map_seconds(way.ground, rung.candidate)
+    maps = 0.0 if _shared(rung.candidate) in way.maps else rung.prepared
     rest = -(-later // side) * best.fold if best else 0.0
     way.after = SPARE * (rest + max(_final(way, one) for one in (rung, best or rung)))
-    needed = SPARE * (maps + -(-len(folds) // side) * rung.fold) + way.after
-    if needed <= left:
-        return False
-    words = "its other folds and the final fit" if rung.outcomes else "it and what must follow"
-    rung.ended = (
-        ended,
-        f"{words} would take about {needed:.0f} s of the {max(0.0, left):.0f} s left",
-    )
-    return True
+    return SPARE * (maps + -(-len(folds) // side) * rung.fold) + way.after
 
 
 def _final(way: _Way, rung: _Rung) -> float:
