@@ -292,7 +292,7 @@ def test_a_candidate_is_tried_in_as_many_epochs_as_the_time_allows(ground, monke
     assert (rung.ended is None) == (epochs is not None)
     if epochs is None:
         assert rung.ended[0] == "skipped"
-        assert rung.ended[1].startswith("it and what must follow, in 2 epochs, would take about ")
+        assert rung.ended[1].startswith("even in 2 epochs it and what must follow would take about ")
     else:
         assert rung.fold == 100 * epochs
 
