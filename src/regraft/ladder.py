@@ -348,14 +348,10 @@ def _settled(way: _Way, rung: _Rung, folds: Sequence[int], others: Sequence[_Run
     _cut_to(rung, full)
     if rung.outcomes:
         _take(rung, known)
-    words = "its other folds and the final fit" if rung.outcomes else "it and what must follow"
-    shortest = f", in {fewer[-1].epochs} epochs," if fewer else ""
-    says = (
-        f"{words}{shortest} would take about {needed:.0f} s of the {left:.0f} s left"
-        if left > 0
-        else "no time was left"
-    )
-    rung.ended = ("unfinished" if rung.outcomes else "skipped", says)
+    what = "its other folds and the final fit" if rung.outcomes else "it and what must follow"
+    even = f"even in {fewer[-1].epochs} epochs " if fewer else ""
+    takes = f"{even}{what} would take about {needed:.0f} s of the {left:.0f} s left"
+    rung.ended = ("unfinished" if rung.outcomes else "skipped", takes if left > 0 else "no time was left")
     return []
 
 
