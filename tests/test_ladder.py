@@ -297,6 +297,22 @@ def test_a_candidate_is_tried_in_as_many_epochs_as_the_time_allows(ground, monke
         assert rung.fold == 100 * epochs
 
 
+@pytest.mark.parametrize(
+    ("right", "later", "epochs"),
+    [(0.3, 0, 10), (1.0, 0, None), (0.3, 3, None)],
+    ids=["what does not win", "what wins", "what may win on the other folds"],
+)
+def test_time_is_left_for_the_best_so_far_where_it_may_be_the_answer(ground, monkeypatch, right, later, epochs):
+    costing(monkeypatch, 100.0)
+    top, other = candidates_for(ground, DRAWN)[TOP], candidates_for(ground, DRAWN)[0]
+    first = ladder._Rung(other, outcomes=told(ground, right, 0))  # its final fit takes three times as long
+    rung = ladder._Rung(top)
+    way = replace(way_of(ground), budget=budget_from("2400s"))
+    assert ladder._settled(way, rung, [0, 1], [first, rung], later) == ([0, 1] if epochs else [])
+    assert rung.candidate.epochs == 10
+    assert (rung.ended is None) == (epochs is not None)
+
+
 def test_a_length_that_is_known_is_taken_when_a_longer_one_does_not_end_in_time(ground, monkeypatch):
     costing(monkeypatch, 100.0)
     whole = candidates_for(ground, DRAWN)[TOP]

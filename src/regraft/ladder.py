@@ -146,7 +146,7 @@ def climb(
     for rung in going[kept:]:
         rung.ended = ("stopped", "in the lesser half on the first folds")
     for rung in going[:kept]:
-        _advance(way, rung, folds[FIRST_FOLDS:], going[:kept], 0)
+        _advance(way, rung, folds[FIRST_FOLDS:], rungs, 0)
         _release(way, rungs)
     found = tuple(_attempt(way, rung) for rung in rungs)
     winner, score, reason = decide(ground, probe, stated, found)
@@ -185,7 +185,7 @@ def decide(
     The score is nested: the pictures of every fold are answered by the winner on the other folds.
     """
     folds, groups = ground.task.folds[0], ground.task.groups
-    judged = [a for a in attempts if a.status == "finished" or (a.status == "unfinished" and _sure(a))]
+    judged = _eligible(attempts)
     winner = _wins(probe, judged, groups, np.ones(len(folds), bool))
     if winner is None:
         tried = sum(bool(a.seen.any()) for a in attempts)
@@ -205,6 +205,11 @@ def decide(
         f"({100 * gain.low:+.1f} to {100 * gain.high:+.1f}) over the probe"
     )
     return winner, score, reason
+
+
+def _eligible(attempts: Sequence[Attempt]) -> list[Attempt]:
+    """The attempts that may win."""
+    return [a for a in attempts if a.status == "finished" or (a.status == "unfinished" and _sure(a))]
 
 
 def _sure(attempt: Attempt) -> bool:
@@ -299,16 +304,16 @@ def _ahead(way: _Way, rung: _Rung) -> float:
     return sum(gain.score / max(gain.high - gain.low, 1e-9) for gain in gains) if gains else float("-inf")
 
 
-def _advance(way: _Way, rung: _Rung, folds: Sequence[int], others: Sequence[_Rung], later: int) -> None:
+def _advance(way: _Way, rung: _Rung, folds: Sequence[int], rungs: Sequence[_Rung], later: int) -> None:
     """Judge a candidate on these folds, or say why not.
 
-    others: among which the best so far still needs `later` folds.
+    later: how many folds the best of `rungs` still needs after these.
     """
     started = time.monotonic()
     way.steps += 1
     way.say(f"trying {rung.candidate.name}", way.steps, way.of)
     try:
-        missing = _settled(way, rung, folds, others, later)
+        missing = _settled(way, rung, folds, rungs, later)
         if not missing and rung.ended is None:
             return
         if missing:
@@ -327,32 +332,46 @@ def first_line(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
-def _settled(way: _Way, rung: _Rung, folds: Sequence[int], others: Sequence[_Rung], later: int) -> list[int]:
+def _settled(way: _Way, rung: _Rung, folds: Sequence[int], rungs: Sequence[_Rung], later: int) -> list[int]:
     """The folds to train a candidate on, at the longest of its lengths that is known or expected to end in time.
 
     None where all are known, or where not even the shortest would end: then it is told so. Once judged at a length it
     stays at it.
     """
     full, left = rung.candidate, way.budget.left() - way.reserve
-    fewer = () if rung.outcomes else shortened(full, len(way.ground.task.labels))
-    needed = 0.0
-    for candidate in (full, *fewer):
+    timed = 0 < left < float("inf")
+    lengths = (full,) if rung.outcomes else (full, *shortened(full, len(way.ground.task.labels)))
+    leading = _leading(way, rungs, later) if timed else None
+    own = after = 0.0
+    for candidate in lengths:
         _cut_to(rung, candidate)
         known = recalled(way.ground, candidate, folds)
         missing = [fold for fold in folds if fold not in known and fold not in rung.outcomes]
-        if missing and 0 < left < float("inf"):
-            needed = _needed(way, rung, missing, others, later)
-        if not missing or left == float("inf") or 0 < needed <= left:
+        if missing and timed:
+            own, after = _own(way, rung, missing), _after(way, rung, leading, later)
+        if not missing or left == float("inf") or (timed and own + after <= left):
+            way.after = after
             _take(rung, known)
             return missing
     _cut_to(rung, full)
     if rung.outcomes:
         _take(rung, known)
     what = "its other folds and the final fit" if rung.outcomes else "it and what must follow"
-    even = f"even in {fewer[-1].epochs} epochs " if fewer else ""
-    takes = f"{even}{what} would take about {needed:.0f} s of the {left:.0f} s left"
-    rung.ended = ("unfinished" if rung.outcomes else "skipped", takes if left > 0 else "no time was left")
+    even = f"even in {lengths[-1].epochs} epochs " if len(lengths) > 1 else ""
+    takes = f"{even}{what} would take about {own + after:.0f} s of the {left:.0f} s left"
+    rung.ended = ("unfinished" if rung.outcomes else "skipped", takes if timed else "no time was left")
     return []
+
+
+def _leading(way: _Way, rungs: Sequence[_Rung], later: int) -> _Rung | None:
+    """What would be trained on all pictures if no more were tried; what is furthest ahead while folds are to come."""
+    judged = [rung for rung in rungs if rung.outcomes]
+    if later:
+        going = (r for r in judged if r.ended is None and r.candidate.epochs)
+        return max(going, key=lambda r: _ahead(way, r), default=None)
+    found = [_attempt(way, rung) for rung in judged]
+    winner = _wins(way.probe, _eligible(found), way.ground.task.groups, np.ones(len(way.ground.task.labels), bool))
+    return next((r for r, a in zip(judged, found, strict=True) if a is winner and a.candidate.epochs), None)
 
 
 def _take(rung: _Rung, known: Mapping[int, tuple[np.ndarray, float]]) -> None:
@@ -368,18 +387,21 @@ def _cut_to(rung: _Rung, candidate: Candidate) -> None:
     rung.candidate = candidate
 
 
-def _needed(way: _Way, rung: _Rung, folds: Sequence[int], others: Sequence[_Rung], later: int) -> float:
-    """Seconds that a candidate takes on these folds, and what must follow with it or with the best so far."""
-    side = workers(way.ground)
-    best = max((r for r in others if r.outcomes and r.ended is None), key=lambda r: _ahead(way, r), default=None)
-    for known in (rung, best):  # what was recalled has not been timed
-        if known is not None and not known.fold:
-            known.fold = fold_seconds(way.ground, known.candidate)
+def _own(way: _Way, rung: _Rung, folds: Sequence[int]) -> float:
+    """Seconds that a candidate takes on these folds, its maps included."""
+    rung.fold = rung.fold or fold_seconds(way.ground, rung.candidate)
     rung.prepared = rung.prepared or map_seconds(way.ground, rung.candidate)
     maps = 0.0 if _shared(rung.candidate) in way.maps else rung.prepared
-    rest = -(-later // side) * best.fold if best else 0.0
-    way.after = SPARE * (rest + max(_final(way, one) for one in (rung, best or rung)))
-    return SPARE * (maps + -(-len(folds) // side) * rung.fold) + way.after
+    return SPARE * (maps + -(-len(folds) // workers(way.ground)) * rung.fold)
+
+
+def _after(way: _Way, rung: _Rung, leading: _Rung | None, later: int) -> float:
+    """Seconds that must follow with this candidate or with the leading one: `later` folds and the final fit."""
+    if leading is None:
+        return SPARE * _final(way, rung)
+    leading.fold = leading.fold or fold_seconds(way.ground, leading.candidate)  # what was recalled has not been timed
+    rest = -(-later // workers(way.ground)) * leading.fold
+    return SPARE * (rest + max(_final(way, rung), _final(way, leading)))
 
 
 def _final(way: _Way, rung: _Rung) -> float:
