@@ -282,12 +282,16 @@ def costing(monkeypatch, epoch):
     monkeypatch.setattr(ladder, "workers", lambda ground: 2)
 
 
-@pytest.mark.parametrize(("seconds", "epochs"), {2400: 10, 2200: 5, 1100: 2, 400: None}.items())
-def test_a_candidate_is_tried_in_as_many_epochs_as_the_time_allows(ground, monkeypatch, seconds, epochs):
-    costing(monkeypatch, 100.0)  # with the final fit on all pictures 2.1 times that, and a tenth to spare
+@pytest.mark.parametrize(
+    ("seconds", "later", "epochs"),
+    [(2400, 0, 10), (2200, 0, 5), (1100, 0, 2), (400, 0, None), (2400, 3, 5), (4600, 3, 10)],
+)
+def test_a_candidate_is_tried_in_as_many_epochs_as_the_time_allows(ground, monkeypatch, seconds, later, epochs):
+    # 100 s, with the final fit on all pictures 2.1 times that, with the other folds 4.1 times, and a tenth to spare
+    costing(monkeypatch, 100.0)
     way = replace(way_of(ground), budget=budget_from(f"{seconds}s"))
     rung = ladder._Rung(candidates_for(ground, DRAWN)[TOP])
-    assert ladder._settled(way, rung, [0, 1], (), 3) == ([] if epochs is None else [0, 1])
+    assert ladder._settled(way, rung, [0, 1], (), later) == ([] if epochs is None else [0, 1])
     assert rung.candidate.epochs == (epochs or 10)
     assert (rung.ended is None) == (epochs is not None)
     if epochs is None:
@@ -327,6 +331,34 @@ def test_a_length_that_is_known_is_taken_when_a_longer_one_does_not_end_in_time(
         assert rung.ended is None
     assert ladder._settled(way, rung, [2, 3, 4], (), 0) == []
     assert sorted(rung.outcomes) == [0, 1, 2, 3, 4]
+
+
+def test_what_a_run_had_finished_when_it_was_killed_goes_before_what_is_longer(ground, monkeypatch):
+    costing(monkeypatch, 100.0)
+    whole = candidates_for(ground, DRAWN)[TOP]
+    half = shortened(whole, len(ground.task.labels))[0]
+    for fold, rows in told(ground, 0.9, 0, epochs=half.epochs).items():
+        remember(ground, half, fold, rows, 1.0)
+    rung = ladder._Rung(whole)
+    way = replace(way_of(ground), budget=budget_from("9000s", spent=100.0))
+    assert ladder._settled(way, rung, [0, 1], (), 0) == []
+    assert rung.candidate == half
+    trials = ladder._Rung(whole)
+    way = replace(way_of(ground), budget=budget_from("9trials", spent=100.0))
+    assert ladder._settled(way, trials, [0, 1], (), 0) == [0, 1]
+    assert trials.candidate == whole  # as a run that was not interrupted
+
+
+def test_another_runs_winner_that_cannot_be_trained_in_time_is_not_the_answer(ground, monkeypatch):
+    costing(monkeypatch, 100.0)
+    made_known(ground, {"top layers": 1.0})
+    found = climbed(ground, "60s")
+    assert found.winner is None
+    known = found.attempts[TOP]
+    assert known.status == "stopped"
+    assert known.reason.startswith("known from another run, and training it on all pictures would take about ")
+    again = climb(ground, best_of(ground), STATED, budget_from("60s", spent=59.0), DRAWN)
+    assert again.winner.candidate.name == "top layers"
 
 
 def test_a_candidate_stays_at_the_length_at_which_it_was_judged(ground, monkeypatch):

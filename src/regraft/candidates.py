@@ -104,16 +104,16 @@ def shortened(candidate: Candidate, n: int) -> tuple[Candidate, ...]:
 
     What begins at random keeps the fewest steps that it needs.
     """
-    anew = candidate.cut == "input" or candidate.fresh
+    anew = candidate.cut == "input" or candidate.fresh or candidate.hidden
     fewest = max(FEWEST, -(-FEWEST_STEPS * BATCH // n)) if anew else FEWEST
-    found: list[Candidate] = []
+    found = [candidate]
     for share in LENGTHS:
-        epochs = min(candidate.epochs, max(fewest, round(share * candidate.epochs)))
+        epochs = max(fewest, round(share * candidate.epochs))
         views = min(candidate.views, max(FEWEST, round(share * candidate.views)))
-        shorter = replace(candidate, epochs=epochs, views=views)
-        if shorter not in (candidate, *found):
-            found.append(shorter)
-    return tuple(replace(c, does=f"{c.does}, in {c.epochs} epochs and {c.views} views for want of time") for c in found)
+        if epochs < found[-1].epochs:
+            does = f"{candidate.does}, in {epochs} epochs and {views} views for want of time"
+            found.append(replace(candidate, does=does, epochs=epochs, views=views))
+    return tuple(found[1:])
 
 
 def worth_trying(n: int, places: Sequence[Place], best: str, augment: Augment) -> tuple[Candidate, ...]:

@@ -9,18 +9,17 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 
-import numpy as np
 import torch
 
 from regraft.candidates import BATCH, Candidate
-from regraft.finetune import STORED, Ground, begin, plot_of, trained_on, trains_in_bfloat16
+from regraft.finetune import STORED, Ground, plot_of, trained_on, trains_in_bfloat16
 from regraft.frozen import freeze_lower, values_at_cuts
 from regraft.graph import find_cut
 from regraft.heads import INPUT
 from regraft.maps import picture_views
 from regraft.preprocess import input_spec
 from regraft.training import batches_of
-from regraft.tuned import PICTURE
+from regraft.tuned import PICTURE, grow
 
 SAMPLED = 3
 """Pictures that are prepared to see how long it takes."""
@@ -31,9 +30,9 @@ FOLDS_AT_ONCE = 5
 
 def fold_seconds(ground: Ground, candidate: Candidate) -> float:
     """Seconds to train on all folds but one, with as many threads as a fold gets."""
-    anew = replace(candidate, fresh=PICTURE)  # takes as long, and no probe is solved for it to begin from
-    module = begin(ground, anew, np.arange(2))
-    plot, n = plot_of(ground, anew), len(ground.task.labels)
+    # Without what it begins as, a probe that takes long to solve: one head on its deepest layer is as good here.
+    plot = replace(plot_of(ground, replace(candidate, fresh=PICTURE)), fresh="")
+    module, n = grow(plot, ground.backbone).to(ground.numerics.device), len(ground.task.labels)
     dtype = torch.float32 if plot.takes == "map" else torch.uint8
     x = torch.zeros(min(BATCH, n), *_shape(ground, candidate), dtype=dtype, device=ground.numerics.device)
     threads = torch.get_num_threads()

@@ -55,6 +55,7 @@ UNTRAINABLE = (TrainingError, BackboneError, CutError, RuntimeError, MemoryError
 FIRST = ("top layers", "scratch", "more layers", "layers dropped")
 """Cheap candidates that often win come first; the others in order of complexity."""
 Say = Callable[[str, int, int], None]
+_Shared = tuple[str, int, tuple[tuple[str, bool], ...]]
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,8 @@ class _Rung:
 class _Way:
     """How a climb stands: what it may spend, what it has used, and the maps that candidates share.
 
-    tested: pictures that the saved model will answer; after: seconds to leave for what follows the folds in training.
+    tested: pictures that the saved model will answer; folds: on how many a candidate is judged; after: seconds to leave
+    for what follows the folds in training.
     """
 
     ground: Ground
@@ -102,11 +104,16 @@ class _Way:
     reserve: float
     say: Say
     tested: int = 0
+    folds: int = FIRST_FOLDS
     after: float = 0.0
-    maps: dict[object, Maps] = field(default_factory=dict)
+    maps: dict[_Shared, Maps] = field(default_factory=dict)
     forward_passes: int = 0
     steps: int = 0
     of: int = 0
+
+    def left(self) -> float:
+        """Seconds left for candidates and for the final fit."""
+        return self.budget.left() - self.reserve
 
 
 def climb(
@@ -131,7 +138,7 @@ def climb(
     if FIRST_FOLDS * len(ground.task.labels) >= ENOUGH_HELD_OUT * len(folds):
         folds = folds[:FIRST_FOLDS]
     spent = budget.left() <= reserve
-    way = _Way(ground, probe, budget, reserve, say, tested, of=2 * len(trained))
+    way = _Way(ground, probe, budget, reserve, say, tested, len(folds), of=2 * len(trained))
     order = sorted(trained, key=lambda r: FIRST.index(r.candidate.name) if r.candidate.name in FIRST else len(FIRST))
     for number, rung in enumerate(order):
         if budget.trials is not None and number >= budget.trials:
@@ -148,14 +155,33 @@ def climb(
     for rung in going[:kept]:
         _advance(way, rung, folds[FIRST_FOLDS:], rungs, 0)
         _release(way, rungs)
-    found = tuple(_attempt(way, rung) for rung in rungs)
-    winner, score, reason = decide(ground, probe, stated, found)
+    found, (winner, score, reason) = _decided(way, rungs, stated)
     if spent and trained and winner is None:
         reason = "the budget was spent when the curve was done: give more, and another --out, to try anything beyond it"
     maps = way.maps.get(_shared(winner.candidate)) if winner else None
     for shared in way.maps:
         way.forward_passes += sum(way.maps[shared].again)
     return Climb(found, winner, score, reason, way.forward_passes, maps)
+
+
+def _decided(
+    way: _Way, rungs: Sequence[_Rung], stated: Interval
+) -> tuple[tuple[Attempt, ...], tuple[Attempt | None, Interval, str]]:
+    """All attempts and what is decided, without what another run left in the store and this one cannot train in time.
+
+    A run that is resumed takes the best that it had finished, however little time is left.
+    """
+    while True:
+        found = tuple(_attempt(way, rung) for rung in rungs)
+        decided = decide(way.ground, way.probe, stated, found)
+        rung = next((r for r, a in zip(rungs, found, strict=True) if a is decided[0]), None)
+        if rung is None or rung.seconds or way.budget.spent or not rung.candidate.epochs or way.left() == float("inf"):
+            return found, decided
+        needed = SPARE * (_final(way, rung) + _preparing(way, rung))
+        if needed <= way.left():
+            return found, decided
+        says = f"known from another run, and training it on all pictures would take about {needed:.0f} s"
+        rung.ended = ("stopped", f"{says} of the {max(0.0, way.left()):.0f} s left")
 
 
 def try_alone(ground: Ground, candidate: Candidate, say: Say) -> Attempt:
@@ -185,7 +211,7 @@ def decide(
     The score is nested: the pictures of every fold are answered by the winner on the other folds.
     """
     folds, groups = ground.task.folds[0], ground.task.groups
-    judged = _eligible(attempts)
+    judged = _eligible(attempts, 0)
     winner = _wins(probe, judged, groups, np.ones(len(folds), bool))
     if winner is None:
         tried = sum(bool(a.seen.any()) for a in attempts)
@@ -207,9 +233,11 @@ def decide(
     return winner, score, reason
 
 
-def _eligible(attempts: Sequence[Attempt]) -> list[Attempt]:
-    """The attempts that may win."""
-    return [a for a in attempts if a.status == "finished" or (a.status == "unfinished" and _sure(a))]
+def _eligible(attempts: Sequence[Attempt], folds: int) -> list[Attempt]:
+    """The attempts that may win if they see no more than they have; all of them see so many folds in the end."""
+    whole = [a.status == "finished" and len(a.folds) >= folds for a in attempts]
+    able = [a.status in ("finished", "unfinished") and _sure(a) for a in attempts]
+    return [a for a, one, other in zip(attempts, whole, able, strict=True) if one or other]
 
 
 def _sure(attempt: Attempt) -> bool:
@@ -314,10 +342,9 @@ def _advance(way: _Way, rung: _Rung, folds: Sequence[int], rungs: Sequence[_Rung
     way.say(f"trying {rung.candidate.name}", way.steps, way.of)
     try:
         missing = _settled(way, rung, folds, rungs, later)
-        if not missing and rung.ended is None:
+        if not missing:
             return
-        if missing:
-            _train(way, rung, missing)
+        _train(way, rung, missing)
     except Diverged as e:
         rung.ended = ("failed", f"{e} It was tried again at a tenth of the rate.")
     except Halted:
@@ -335,43 +362,46 @@ def first_line(error: BaseException) -> str:
 def _settled(way: _Way, rung: _Rung, folds: Sequence[int], rungs: Sequence[_Rung], later: int) -> list[int]:
     """The folds to train a candidate on, at the longest of its lengths that is known or expected to end in time.
 
-    None where all are known, or where not even the shortest would end: then it is told so. Once judged at a length it
-    stays at it.
+    Empty where all are known, or where not even the shortest would end: then it is told so. Once judged at a length it
+    stays at it; what a run that is resumed had finished goes before what is longer.
     """
-    full, left = rung.candidate, way.budget.left() - way.reserve
-    timed = 0 < left < float("inf")
-    lengths = (full,) if rung.outcomes else (full, *shortened(full, len(way.ground.task.labels)))
-    leading = _leading(way, rungs, later) if timed else None
-    own = after = 0.0
-    for candidate in lengths:
+    full, ground = rung.candidate, way.ground
+    endless = way.left() == float("inf")
+    lengths = (full,) if rung.outcomes or endless else (full, *shortened(full, len(ground.task.labels)))
+    known = [(candidate, recalled(ground, candidate, folds)) for candidate in lengths]
+    if way.budget.spent:
+        known.sort(key=lambda pair: len(pair[1]) < len(folds))
+    rivals: list[_Rung] | None = None
+    needed = 0.0
+    for candidate, outcomes in known:
         _cut_to(rung, candidate)
-        known = recalled(way.ground, candidate, folds)
-        missing = [fold for fold in folds if fold not in known and fold not in rung.outcomes]
-        if missing and timed:
-            own, after = _own(way, rung, missing), _after(way, rung, leading, later)
-        if not missing or left == float("inf") or (timed and own + after <= left):
-            way.after = after
-            _take(rung, known)
+        missing = [fold for fold in folds if fold not in outcomes]
+        if missing and way.left() > 0 and not endless:
+            rivals = _rivals(way, rung, rungs, later) if rivals is None else rivals
+            way.after = _after(way, rung, rivals, later)
+            needed = _own(way, rung, missing) + way.after
+        if not missing or endless or way.left() >= needed > 0:
+            _take(rung, outcomes)
             return missing
     _cut_to(rung, full)
     if rung.outcomes:
-        _take(rung, known)
+        _take(rung, known[0][1])
     what = "its other folds and the final fit" if rung.outcomes else "it and what must follow"
     even = f"even in {lengths[-1].epochs} epochs " if len(lengths) > 1 else ""
-    takes = f"{even}{what} would take about {own + after:.0f} s of the {left:.0f} s left"
-    rung.ended = ("unfinished" if rung.outcomes else "skipped", takes if timed else "no time was left")
+    takes = f"{even}{what} would take about {needed:.0f} s of the {way.left():.0f} s left"
+    rung.ended = ("unfinished" if rung.outcomes else "skipped", takes if way.left() > 0 else "no time was left")
     return []
 
 
-def _leading(way: _Way, rungs: Sequence[_Rung], later: int) -> _Rung | None:
-    """What would be trained on all pictures if no more were tried; what is furthest ahead while folds are to come."""
-    judged = [rung for rung in rungs if rung.outcomes]
+def _rivals(way: _Way, rung: _Rung, rungs: Sequence[_Rung], later: int) -> list[_Rung]:
+    """The others that may be the answer; while folds are to come, the one that is furthest ahead."""
+    judged = [r for r in rungs if r.outcomes and r.candidate.epochs and r is not rung]
     if later:
-        going = (r for r in judged if r.ended is None and r.candidate.epochs)
-        return max(going, key=lambda r: _ahead(way, r), default=None)
-    found = [_attempt(way, rung) for rung in judged]
-    winner = _wins(way.probe, _eligible(found), way.ground.task.groups, np.ones(len(way.ground.task.labels), bool))
-    return next((r for r, a in zip(judged, found, strict=True) if a is winner and a.candidate.epochs), None)
+        going = (r for r in judged if r.ended is None)
+        return sorted(going, key=lambda r: -_ahead(way, r))[:1]
+    everywhere = np.ones(len(way.ground.task.labels), bool)
+    found = [(r, _attempt(way, r)) for r in judged]
+    return [r for r, a in found if _wins(way.probe, _eligible([a], way.folds), way.ground.task.groups, everywhere)]
 
 
 def _take(rung: _Rung, known: Mapping[int, tuple[np.ndarray, float]]) -> None:
@@ -382,39 +412,50 @@ def _take(rung: _Rung, known: Mapping[int, tuple[np.ndarray, float]]) -> None:
 
 def _cut_to(rung: _Rung, candidate: Candidate) -> None:
     """Go on with another length of a candidate: what it takes follows from what was measured."""
-    rung.fold *= candidate.epochs / max(1, rung.candidate.epochs)
+    rung.fold *= candidate.epochs / rung.candidate.epochs
     rung.prepared *= candidate.views / rung.candidate.views
     rung.candidate = candidate
 
 
 def _own(way: _Way, rung: _Rung, folds: Sequence[int]) -> float:
     """Seconds that a candidate takes on these folds, its maps included."""
+    return SPARE * (_preparing(way, rung) + -(-len(folds) // workers(way.ground)) * _fold(way, rung))
+
+
+def _after(way: _Way, rung: _Rung, rivals: Sequence[_Rung], later: int) -> float:
+    """Seconds that must follow with this candidate or with a rival: `later` folds and the final fit."""
+    few = FIRST_FOLDS * len(way.ground.task.labels) < SURE * way.folds  # on the first folds alone it cannot win
+    going = [*rivals, rung] if few else rivals
+    rest = -(-later // workers(way.ground)) * max((_fold(way, r) for r in going), default=0.0)
+    return SPARE * (rest + max(_final(way, rung), *(_final(way, r) + _preparing(way, r) for r in rivals), 0.0))
+
+
+def _fold(way: _Way, rung: _Rung) -> float:
+    """Seconds to train a candidate on one fold; what was recalled has not been timed yet."""
     rung.fold = rung.fold or fold_seconds(way.ground, rung.candidate)
+    return rung.fold
+
+
+def _preparing(way: _Way, rung: _Rung) -> float:
+    """Seconds to make the maps of a candidate, none where as many views are at hand."""
+    cut, views, varied = _shared(rung.candidate)
+    if any(held[0] == cut and held[1] >= views and held[2] == varied for held in way.maps):
+        return 0.0
     rung.prepared = rung.prepared or map_seconds(way.ground, rung.candidate)
-    maps = 0.0 if _shared(rung.candidate) in way.maps else rung.prepared
-    return SPARE * (maps + -(-len(folds) // workers(way.ground)) * rung.fold)
-
-
-def _after(way: _Way, rung: _Rung, leading: _Rung | None, later: int) -> float:
-    """Seconds that must follow with this candidate or with the leading one: `later` folds and the final fit."""
-    if leading is None:
-        return SPARE * _final(way, rung)
-    leading.fold = leading.fold or fold_seconds(way.ground, leading.candidate)  # what was recalled has not been timed
-    rest = -(-later // workers(way.ground)) * leading.fold
-    return SPARE * (rest + max(_final(way, rung), _final(way, leading)))
+    return rung.prepared
 
 
 def _final(way: _Way, rung: _Rung) -> float:
     """Seconds that the final fit of a candidate takes, and its part in answering the test pictures."""
     n, folds = len(way.ground.task.labels), int(way.ground.task.folds.max()) + 1
-    once = rung.fold / max(1, rung.candidate.epochs) / (n * (1 - 1 / folds))  # seconds of a picture in an epoch
+    once = _fold(way, rung) / max(1, rung.candidate.epochs) / (n * (1 - 1 / folds))  # seconds of a picture in an epoch
     return once * (FINAL * n * rung.candidate.epochs + FORWARD * way.tested)
 
 
 def _train(way: _Way, rung: _Rung, folds: Sequence[int]) -> None:
     """Train a candidate on these folds, side by side; an error or an interrupt stops all of them soon."""
     ground, candidate = way.ground, rung.candidate
-    end = time.monotonic() + way.budget.left() - way.reserve - way.after
+    end = time.monotonic() + way.left() - way.after
 
     def say(what: str, done: int, total: int) -> None:
         if time.monotonic() > end:
@@ -467,10 +508,10 @@ def _make_room(way: _Way, wanted: int) -> None:
             _let_go(way, shared)
 
 
-def _let_go(way: _Way, shared: object) -> None:
+def _let_go(way: _Way, shared: _Shared) -> None:
     way.forward_passes += sum(way.maps.pop(shared).again)
 
 
-def _shared(candidate: Candidate) -> object:
+def _shared(candidate: Candidate) -> _Shared:
     """What candidates have in common that train on the same maps."""
     return candidate.cut, candidate.views, tuple(candidate.augment.to_json().items())
