@@ -317,36 +317,27 @@ def test_time_is_left_for_the_best_so_far_where_it_may_be_the_answer(ground, mon
     assert (rung.ended is None) == (epochs is not None)
 
 
-def test_a_length_that_is_known_is_taken_when_a_longer_one_does_not_end_in_time(ground, monkeypatch):
+@pytest.mark.parametrize(
+    ("budget", "spent", "length", "missing"),
+    [("9000s", 0, 0, [0, 1]), ("0s", 0, 1, []), ("9000s", 100, 1, []), ("9trials", 100, 0, [0, 1])],
+    ids=["there is time", "no time", "resumed", "resumed, as without interruption"],
+)
+def test_a_shorter_length_that_is_known_is_taken_where_time_or_a_kill_asks_for_it(
+    ground, monkeypatch, budget, spent, length, missing
+):
     costing(monkeypatch, 100.0)
     whole = candidates_for(ground, DRAWN)[TOP]
-    half = shortened(whole, len(ground.task.labels))[0]
-    for fold, rows in told(ground, 0.9, 0, epochs=half.epochs).items():
-        remember(ground, half, fold, rows, 1.0)
-    for seconds, wanted, missing in ((9000, whole, [0, 1]), (0, half, [])):
-        rung = ladder._Rung(whole)
-        way = replace(way_of(ground), budget=budget_from(f"{seconds}s"))
-        assert ladder._settled(way, rung, [0, 1], (), 3) == missing
-        assert rung.candidate == wanted
-        assert rung.ended is None
-    assert ladder._settled(way, rung, [2, 3, 4], (), 0) == []
-    assert sorted(rung.outcomes) == [0, 1, 2, 3, 4]
-
-
-def test_what_a_run_had_finished_when_it_was_killed_goes_before_what_is_longer(ground, monkeypatch):
-    costing(monkeypatch, 100.0)
-    whole = candidates_for(ground, DRAWN)[TOP]
-    half = shortened(whole, len(ground.task.labels))[0]
-    for fold, rows in told(ground, 0.9, 0, epochs=half.epochs).items():
-        remember(ground, half, fold, rows, 1.0)
+    lengths = (whole, *shortened(whole, len(ground.task.labels)))
+    for fold, rows in told(ground, 0.9, 0, epochs=lengths[1].epochs).items():
+        remember(ground, lengths[1], fold, rows, 1.0)
     rung = ladder._Rung(whole)
-    way = replace(way_of(ground), budget=budget_from("9000s", spent=100.0))
-    assert ladder._settled(way, rung, [0, 1], (), 0) == []
-    assert rung.candidate == half
-    trials = ladder._Rung(whole)
-    way = replace(way_of(ground), budget=budget_from("9trials", spent=100.0))
-    assert ladder._settled(way, trials, [0, 1], (), 0) == [0, 1]
-    assert trials.candidate == whole  # as a run that was not interrupted
+    way = replace(way_of(ground), budget=budget_from(budget, spent=spent))
+    assert ladder._settled(way, rung, [0, 1], (), 3) == missing
+    assert rung.candidate == lengths[length]
+    assert rung.ended is None
+    if not missing:
+        assert ladder._settled(way, rung, [2, 3, 4], (), 0) == []
+        assert sorted(rung.outcomes) == [0, 1, 2, 3, 4]
 
 
 def test_another_runs_winner_that_cannot_be_trained_in_time_is_not_the_answer(ground, monkeypatch):

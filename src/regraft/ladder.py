@@ -235,9 +235,8 @@ def decide(
 
 def _eligible(attempts: Sequence[Attempt], folds: int) -> list[Attempt]:
     """The attempts that may win if they see no more than they have; all of them see so many folds in the end."""
-    whole = [a.status == "finished" and len(a.folds) >= folds for a in attempts]
-    able = [a.status in ("finished", "unfinished") and _sure(a) for a in attempts]
-    return [a for a, one, other in zip(attempts, whole, able, strict=True) if one or other]
+    judged = [a for a in attempts if a.status in ("finished", "unfinished")]
+    return [a for a in judged if _sure(a) or (a.status == "finished" and len(a.folds) >= folds)]
 
 
 def _sure(attempt: Attempt) -> bool:
