@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 
 from regraft.candidates import BATCH, Candidate
-from regraft.finetune import STORED, Ground, plot_of, trained_on, trains_in_bfloat16
+from regraft.finetune import STORED, Ground, cuts_read, plot_of, trained_on, trains_in_bfloat16
 from regraft.frozen import freeze_lower, values_at_cuts
 from regraft.graph import find_cut
 from regraft.heads import INPUT
@@ -30,8 +30,11 @@ FOLDS_AT_ONCE = 5
 
 def fold_seconds(ground: Ground, candidate: Candidate) -> float:
     """Seconds to train on all folds but one, with as many threads as a fold gets."""
-    # Without what it begins as, a probe that takes long to solve: one head on its deepest layer is as good here.
+    # The probe that it begins as takes long to solve: a head on all cuts that it may read is timed instead.
     plot = replace(plot_of(ground, replace(candidate, fresh=PICTURE)), fresh="")
+    if candidate.cut != INPUT:
+        views = [view for name in cuts_read(ground, candidate) for view in ground.trials[name].views]
+        plot = replace(plot, views=tuple(views))
     module, n = grow(plot, ground.backbone).to(ground.numerics.device), len(ground.task.labels)
     dtype = torch.float32 if plot.takes == "map" else torch.uint8
     x = torch.zeros(min(BATCH, n), *_shape(ground, candidate), dtype=dtype, device=ground.numerics.device)

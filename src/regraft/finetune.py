@@ -76,16 +76,23 @@ def start_of(ground: Ground, candidate: Candidate) -> Trial:
     """
     asked = (candidate.cut, candidate.end)
     if asked not in ground.starts:
-        depth = {cut.name: cut.depth for cut in ground.backbone.shown}
-        low = 0 if candidate.cut == PICTURE else find_cut(ground.backbone.trace, candidate.cut).depth
-        inside = [name for name in depth if low <= depth[name] < depth[candidate.end]]
-        best = sorted(inside, key=lambda name: ground.trials[name].log_loss)[: SEVERAL - 1]
-        names = [*sorted(best, key=lambda name: depth[name]), candidate.end]
+        names = cuts_read(ground, candidate)
+        best = sorted(names[:-1], key=lambda name: ground.trials[name].log_loss)
+        depth = find_cut(ground.backbone.trace, candidate.end).depth
         alone = ground.trials[candidate.end]
-        several = partial(probe_several, ground.bench, ground.task, names, [candidate.end, *best], depth[candidate.end])
+        several = partial(probe_several, ground.bench, ground.task, names, [candidate.end, *best], depth)
         joint = [several(root=root, start=next_start(alone)) for root in (False, True)] if best else []
         ground.starts[asked] = min([alone, *joint], key=lambda trial: trial.log_loss)
     return ground.starts[asked]
+
+
+def cuts_read(ground: Ground, candidate: Candidate) -> list[str]:
+    """The cuts that the output layer may read, in order of depth: the deepest kept and the best of those below."""
+    depth = {cut.name: cut.depth for cut in ground.backbone.shown}
+    low = 0 if candidate.cut == PICTURE else find_cut(ground.backbone.trace, candidate.cut).depth
+    inside = [name for name in depth if low <= depth[name] < depth[candidate.end]]
+    best = sorted(inside, key=lambda name: ground.trials[name].log_loss)[: SEVERAL - 1]
+    return [*sorted(best, key=lambda name: depth[name]), candidate.end]
 
 
 def train_fold(
