@@ -28,10 +28,11 @@ from regraft.budget import budget_from
 from regraft.candidates import Candidate, shortened
 from regraft.errors import ArtifactError
 from regraft.finetune import Ground
-from regraft.ladder import candidates_for, climb, decide, network_probe
+from regraft.ladder import candidates_for, climb, network_probe
 from regraft.probe import fit_head, judge
 from regraft.scores import Interval, paired_difference
 from regraft.store import open_store
+from regraft.winner import decide
 from tables import classes, task_of
 
 DRAWN = Augment(crop=True, mix=True)

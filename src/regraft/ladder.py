@@ -35,14 +35,12 @@ from regraft.heads import INPUT
 from regraft.maps import Maps, extract_maps, fit_together, picture_views, views_that_fit
 from regraft.preprocess import input_spec
 from regraft.probe import Trial
-from regraft.scores import Interval, bootstrap_interval, paired_difference, widened
+from regraft.scores import Interval
 from regraft.training import Diverged, Halted
+from regraft.winner import FIRST_FOLDS, SURE, answer_of, decide, eligible
 
-FIRST_FOLDS = 2
 ENOUGH_HELD_OUT = 1000
 """Where the first folds hold so many pictures, no more are asked: the time is better spent on other candidates."""
-SURE = 300
-"""A candidate that was judged on the first folds alone can win where they hold so many pictures."""
 SLOWER = 0.1
 SPARE = 1.1
 """Estimates of time are taken so much higher."""
@@ -203,62 +201,6 @@ def candidates_for(ground: Ground, augment: Augment) -> tuple[Candidate, ...]:
     return worth_trying(len(ground.task.labels), places, best, augment)
 
 
-def decide(
-    ground: Ground, probe: Trial, stated: Interval, attempts: Sequence[Attempt]
-) -> tuple[Attempt | None, Interval, str]:
-    """The winner, the score of this whole procedure on new pictures, and why.
-
-    The score is nested: the pictures of every fold are answered by the winner on the other folds.
-    """
-    folds, groups = ground.task.folds[0], ground.task.groups
-    judged = _eligible(attempts, 0)
-    winner = _wins(probe, judged, groups, np.ones(len(folds), bool))
-    if winner is None:
-        tried = sum(bool(a.seen.any()) for a in attempts)
-        return None, stated, f"none of {tried} candidates was better than the probe beyond the noise" if tried else ""
-    hits = np.zeros(len(folds))
-    for fold in np.unique(folds[winner.seen]):
-        inside = folds == fold
-        answer = _wins(probe, judged, groups, ~inside)
-        usable = answer is not None and bool(answer.seen[inside].all())
-        hits[inside] = answer.hits[inside] if usable and answer else probe.fold_hits[0, inside]
-    count = len(np.unique(folds))
-    score = widened(bootstrap_interval(hits[winner.seen], groups[winner.seen]), 1 / count)
-    gain = winner.gain
-    assert gain is not None
-    reason = (
-        f"{winner.candidate.name}: {winner.candidate.does}; {100 * gain.score:+.1f} points "
-        f"({100 * gain.low:+.1f} to {100 * gain.high:+.1f}) over the probe"
-    )
-    return winner, score, reason
-
-
-def _eligible(attempts: Sequence[Attempt], folds: int) -> list[Attempt]:
-    """The attempts that may win if they see no more than they have; all of them see so many folds in the end."""
-    judged = [a for a in attempts if a.status in ("finished", "unfinished")]
-    return [a for a in judged if _sure(a) or (a.status == "finished" and len(a.folds) >= folds)]
-
-
-def _sure(attempt: Attempt) -> bool:
-    """Whether an unfinished attempt has seen enough; of one fold, epochs and share were chosen on what they judge."""
-    return len(attempt.folds) >= FIRST_FOLDS and int(attempt.seen.sum()) >= SURE
-
-
-def _wins(probe: Trial, attempts: Sequence[Attempt], groups: np.ndarray, where: np.ndarray) -> Attempt | None:
-    """The answer after all candidates had their turn, seen only at `where`; None for the probe."""
-    best: Attempt | None = None
-    hits, losses, known = probe.fold_hits[0].astype(np.float64), probe.losses[0].astype(np.float64), where
-    for attempt in attempts:
-        both = attempt.seen & known & where
-        if len(np.unique(groups[both])) < 2:
-            continue
-        gain = paired_difference(attempt.hits[both], hits[both], groups[both])
-        sharper = paired_difference(losses[both], attempt.losses[both], groups[both])
-        if gain.low > 0 or (sharper.low > 0 and gain.score >= 0):
-            best, hits, losses, known = attempt, attempt.hits, attempt.losses, attempt.seen
-    return best
-
-
 def maps_of(ground: Ground, candidate: Candidate, say: Say) -> Maps:
     """The views that a candidate is trained on, as many as fit into memory. Raises TrainingError where none do."""
     table, chosen, backbone, numerics = ground.bench.table, ground.bench.chosen, ground.backbone, ground.numerics
@@ -400,7 +342,7 @@ def _rivals(way: _Way, rung: _Rung, rungs: Sequence[_Rung], later: int) -> list[
         return sorted(going, key=lambda r: -_ahead(way, r))[:1]
     everywhere = np.ones(len(way.ground.task.labels), bool)
     found = [(r, _attempt(way, r)) for r in judged]
-    return [r for r, a in found if _wins(way.probe, _eligible([a], way.folds), way.ground.task.groups, everywhere)]
+    return [r for r, a in found if answer_of(way.probe, eligible([a], way.folds), way.ground.task.groups, everywhere)]
 
 
 def _take(rung: _Rung, known: Mapping[int, tuple[np.ndarray, float]]) -> None:
