@@ -353,13 +353,30 @@ def test_another_runs_winner_that_cannot_be_trained_in_time_is_not_the_answer(gr
     assert again.winner.candidate.name == "top layers"
 
 
-def test_a_candidate_stays_at_the_length_at_which_it_was_judged(ground, monkeypatch):
+@pytest.mark.parametrize(("seconds", "folds"), {3500: [2, 3, 4], 2400: [2, 3], 1100: [], 0: []}.items())
+def test_a_candidate_stays_at_its_length_and_is_judged_on_as_many_folds_as_the_time_allows(
+    ground, monkeypatch, seconds, folds
+):
     costing(monkeypatch, 100.0)
     whole = candidates_for(ground, DRAWN)[TOP]
     rung = ladder._Rung(whole, outcomes=dict(list(told(ground, 0.9, 0).items())[:2]))
-    assert ladder._settled(replace(way_of(ground), budget=budget_from("1100s")), rung, [2, 3, 4], (), 0) == []
+    way = replace(way_of(ground), budget=budget_from(f"{seconds}s"))
+    assert ladder._settled(way, rung, [2, 3, 4], (), 0) == folds
     assert rung.candidate == whole
-    assert rung.ended[0] == "unfinished"
+    assert (rung.ended is None) == (folds == [2, 3, 4])
+    if rung.ended:
+        assert rung.ended[0] == "unfinished"
+
+
+def test_a_candidate_known_but_for_a_few_folds_has_none_twice(ground, monkeypatch):
+    costing(monkeypatch, 100.0)
+    whole = candidates_for(ground, DRAWN)[TOP]
+    known = told(ground, 0.9, 0)
+    remember(ground, whole, 2, known[2], 1.0)
+    rung = ladder._Rung(whole, outcomes={fold: known[fold] for fold in (0, 1)})
+    way = replace(way_of(ground), budget=budget_from("1100s"))
+    assert ladder._settled(way, rung, [2, 3, 4], (), 0) == []
+    assert sorted(rung.outcomes) == [0, 1, 2]
 
 
 def test_answering_the_test_pictures_is_part_of_what_a_candidate_takes(ground):

@@ -304,7 +304,8 @@ def _settled(way: _Way, rung: _Rung, folds: Sequence[int], rungs: Sequence[_Rung
     """The folds to train a candidate on, at the longest of its lengths that is known or expected to end in time.
 
     Empty where all are known, or where not even the shortest would end: then it is told so. Once judged at a length it
-    stays at it; what a run that is resumed had finished goes before what is longer.
+    stays at it, and is judged on some more folds, side by side, where not on all; what a run that is resumed had
+    finished goes before what is longer.
     """
     full, ground = rung.candidate, way.ground
     endless = way.left() == float("inf")
@@ -325,13 +326,17 @@ def _settled(way: _Way, rung: _Rung, folds: Sequence[int], rungs: Sequence[_Rung
             _take(rung, outcomes)
             return missing
     _cut_to(rung, full)
-    if rung.outcomes:
-        _take(rung, known[0][1])
     what = "its other folds and the final fit" if rung.outcomes else "it and what must follow"
     even = f"even in {lengths[-1].epochs} epochs " if len(lengths) > 1 else ""
     takes = f"{even}{what} would take about {needed:.0f} s of the {way.left():.0f} s left"
-    rung.ended = ("unfinished" if rung.outcomes else "skipped", takes if way.left() > 0 else "no time was left")
-    return []
+    reason = takes if way.left() > 0 else "no time was left"
+    if not rung.outcomes:
+        rung.ended = ("skipped", reason)
+        return []
+    rung.ended = ("unfinished", reason)
+    _take(rung, known[0][1])
+    some = missing[: workers(ground)]
+    return some if way.left() >= _own(way, rung, some) + way.after > 0 else []
 
 
 def _rivals(way: _Way, rung: _Rung, rungs: Sequence[_Rung], later: int) -> list[_Rung]:
