@@ -431,6 +431,7 @@ def bare():
 
 
 GROUND, PROBE = bare()
+TASK = GROUND.task
 
 
 def attempt(name, right, *, status="finished", folds=(0, 1, 2, 3, 4), seed=0, confident=2.0):
@@ -439,8 +440,8 @@ def attempt(name, right, *, status="finished", folds=(0, 1, 2, 3, 4), seed=0, co
     seen = np.isin(FOLDS, folds)
     hits = np.where(seen, rng.permutation(N) < right * N, 0).astype(float)
     losses = np.where(seen, np.where(hits > 0, np.exp(-confident), confident), 0)
-    gain = paired_difference(hits[seen], PROBE.fold_hits[0][seen].astype(float), GROUND.task.groups[seen])
-    sharper = paired_difference(PROBE.losses[0][seen].astype(float), losses[seen], GROUND.task.groups[seen])
+    gain = paired_difference(hits[seen], PROBE.fold_hits[0][seen].astype(float), TASK.groups[seen])
+    sharper = paired_difference(PROBE.losses[0][seen].astype(float), losses[seen], TASK.groups[seen])
     told = Candidate(name, "something", "a", "b")
     return Attempt(
         told, status, "", tuple(folds), seen, hits, losses, np.zeros((N, 3)), 1, 1.0, gain=gain, sharper=sharper
@@ -448,7 +449,7 @@ def attempt(name, right, *, status="finished", folds=(0, 1, 2, 3, 4), seed=0, co
 
 
 def decided(*attempts):
-    return decide(GROUND, PROBE, STATED, attempts)
+    return decide(TASK, PROBE, STATED, attempts)
 
 
 def test_with_nothing_tried_the_probe_is_the_answer_with_its_stated_score():
@@ -534,7 +535,7 @@ def test_the_stated_score_is_nested_each_fold_is_answered_by_what_wins_on_the_ot
             )
             for a in rivals
         ]
-        chosen = decide(GROUND, PROBE, STATED, blind)[0]
+        chosen = decide(TASK, PROBE, STATED, blind)[0]
         known = next((a for a in rivals if chosen and a.candidate == chosen.candidate), None)
         hits[inside] = known.hits[inside] if known else PROBE.fold_hits[0, inside]
     assert score.score == pytest.approx(hits.mean())
@@ -542,7 +543,7 @@ def test_the_stated_score_is_nested_each_fold_is_answered_by_what_wins_on_the_ot
 
 def outcomes(right, epochs=2, folds=range(5), seed=0):
     rng = np.random.default_rng(seed)
-    labels = GROUND.task.labels
+    labels = TASK.labels
     said = np.where(rng.random(N) < right, labels, (labels + 1) % 3)
     rows = (2.0 * np.eye(3)[said] + rng.normal(0, 0.2, (N, 3))).astype(np.float32)
     return {f: np.stack([rows[f == FOLDS]] * epochs) for f in folds}

@@ -223,6 +223,15 @@ def cut_at(backbone: Backbone, name: str) -> tuple[nn.Module, nn.Module]:
     return split(backbone.trace, name)
 
 
+def reframed(backbone: Backbone, preprocess: PreprocessSpec) -> Backbone:
+    """The same network for pictures prepared otherwise. Raises TraceError where it does not take their size."""
+    if preprocess.size == backbone.preprocess.size:
+        return replace(backbone, preprocess=preprocess)
+    traced, known = trace(backbone.module, _blank(preprocess)), {cut.name for cut in backbone.cuts}
+    cuts = tuple(cut for cut in traced.cuts if cut.name in known)
+    return replace(backbone, trace=traced, preprocess=preprocess, cuts=cuts)
+
+
 def rebuild(
     source: Source,
     preprocess: PreprocessSpec,

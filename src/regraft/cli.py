@@ -80,6 +80,7 @@ def fit(data: str, out: Path, verbose: bool, as_json: bool, **options: Any) -> N
         print_json(record)
         return
     _print_curve(record["curve"])
+    _print_framing(record)
     _print_ladder(record)
     if record["test"]:
         click.echo(_judged(record["test"]))
@@ -477,21 +478,30 @@ def _print_growth(growth: dict[str, Any]) -> None:
         )
 
 
+def _print_framing(record: dict[str, Any]) -> None:
+    framing = record.get("framing", {"tried": []})  # runs of older versions have none
+    for attempt in framing["tried"]:
+        _print_attempt(attempt, attempt["reason"], "pictures as stated", attempt["name"] == framing["chosen"])
+
+
 def _print_ladder(record: dict[str, Any]) -> None:
     ladder = record["ladder"]
     for attempt in ladder["attempts"]:
         came = attempt["reason"]
         if "every step" in attempt["trained_on"]:
             came = f"{attempt['trained_on']}{'; ' + came if came else ''}"
-        if attempt["gain"]:
-            score, low, high = (f"{100 * v:+.1f}" for v in attempt["gain"])
-            came = f"{score} points over the probe ({low} to {high}){', ' + came if came else ''}"
-        mark = " <" if attempt["name"] == ladder["winner"] else ""
-        click.echo(f"    {attempt['name']:<16} {came}{mark}")
+        _print_attempt(attempt, came, "the probe", attempt["name"] == ladder["winner"])
     if ladder["reason"]:
         click.echo(ladder["reason"])
     if ladder["winner"]:
         _print_expected(**record["chosen"]["score"])
+
+
+def _print_attempt(attempt: dict[str, Any], came: str, rival: str, won: bool) -> None:
+    if attempt["gain"]:
+        score, low, high = (f"{100 * v:+.1f}" for v in attempt["gain"])
+        came = f"{score} points over {rival} ({low} to {high}){', ' + came if came else ''}"
+    click.echo(f"    {attempt['name']:<16} {came}{' <' if won else ''}")
 
 
 def _judged(document: dict[str, Any]) -> str:

@@ -76,14 +76,15 @@ def curve_of(
     strict: bool,
     allow_empty_class: bool,
     say: Say,
-    started: float,
+    started: float | None = None,
 ) -> Curve:
     """Features of all cuts, probes on them, and the choice.
 
     tested: pictures that `strict` holds against those to learn from; started: `time.perf_counter()` when the work
-    began, for the seconds that are told. Raises DataError where there is nothing to learn
-    from, or with `strict` where a picture would be left out; others as `extract` does.
+    began, for the seconds that are told, where it was before this call. Raises DataError where there is nothing to
+    learn from, or with `strict` where a picture would be left out; others as `extract` does.
     """
+    started = time.perf_counter() if started is None else started
     numerics, measured = faithful_numerics(backbone, device)
     seconds = {"prepare": time.perf_counter() - started}
     learning = subset(dataset, "train", "validation")
@@ -99,13 +100,6 @@ def curve_of(
     if strict:
         refuse_unsound(problems, marks_of(table, chosen), tested)
     at = time.perf_counter()
-    known = sum(table.ids[i] in backbone.classes_of for i in chosen)
-    if known:
-        warnings.warn(
-            f"{backbone.source.spec} learned the classes of {known} of these {len(chosen)} pictures when it was "
-            "trained: scores on them flatter it.",
-            stacklevel=3,
-        )
     bench = Bench(table, chosen, all_grey(table, chosen))
     task = task_of(table, chosen, len(dataset.labels), seed, names=dataset.labels)
     steps = len(names) + 5
@@ -131,6 +125,17 @@ def faithful_numerics(backbone: Backbone, device: str) -> tuple[Numerics, float]
     if measured < AGREEMENT_NEEDED:
         return pick_numerics(device, "float32"), 1.0
     return numerics, measured
+
+
+def warn_of_known(found: Curve, stacklevel: int) -> None:
+    """Warn where the backbone learned the classes of these pictures when it was trained."""
+    known = sum(found.table.ids[i] in found.backbone.classes_of for i in found.bench.chosen)
+    if known:
+        warnings.warn(
+            f"{found.backbone.source.spec} learned the classes of {known} of these {len(found.bench.chosen)} pictures "
+            "when it was trained: scores on them flatter it.",
+            stacklevel=stacklevel + 1,
+        )
 
 
 def as_rival(found: Curve) -> Rival:

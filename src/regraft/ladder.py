@@ -171,7 +171,7 @@ def _decided(
     """
     while True:
         found = tuple(_attempt(way, rung) for rung in rungs)
-        decided = decide(way.ground, way.probe, stated, found)
+        decided = decide(way.ground.task, way.probe, stated, found)
         rung = next((r for r, a in zip(rungs, found, strict=True) if a is decided[0]), None)
         if rung is None or rung.seconds or way.budget.spent or not rung.candidate.epochs or way.left() == float("inf"):
             return found, decided

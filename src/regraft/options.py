@@ -76,6 +76,7 @@ AUGMENT_HELP = (
     "What training pictures are varied by: crop, flip, light; mix and noise of features; none. Default: crop, mix, and "
     "flip where mirrored pictures are answered as well."
 )
+FRAMING_HELP = "Also try pictures whole, and larger than the network states (default: yes)."
 CLIP_HELP = "Gradient clipping: norm:LIMIT or value:LIMIT."
 
 
@@ -85,6 +86,7 @@ def tuning(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--clip", "clipping", metavar="BY:LIMIT", default="norm:1", callback=_clipping, help=CLIP_HELP),
         click.option("--balanced", is_flag=True, help="In fine-tuning give every class the same say."),
         click.option("--augment", metavar="NAMES", callback=names_given, help=AUGMENT_HELP),
+        click.option("--framing/--no-framing", default=True, help=FRAMING_HELP),
         click.option("--budget", default="10m", show_default=True, metavar="TIME|TRIALS", help=BUDGET_HELP),
     ):
         command = option(command)

@@ -22,12 +22,13 @@ from regraft.backbone import CUSTOM, SCRATCH, Backbone, WeightOptions, is_backbo
 from regraft.budget import Budget, budget_from
 from regraft.candidates import LITTLE
 from regraft.data import Dataset, load_data, printable, subset
-from regraft.depth_curve import Curve, as_rival, curve_of
+from regraft.depth_curve import Curve, as_rival, curve_of, warn_of_known
 from regraft.doctor import examine
 from regraft.errors import DataError, RunError, TrainingError
 from regraft.final_fit import grown, seconds_after
 from regraft.finetune import Ground
 from regraft.flips import flips_are_harmless
+from regraft.framing import Framed, frame
 from regraft.gate import Gate, Rival, rank, train_all_layers
 from regraft.growth import grow_labels
 from regraft.heads import INPUT
@@ -100,6 +101,7 @@ def curve(
         say=say,
         started=started,
     )
+    warn_of_known(found, 2)
     if not labels:
         return found
     cuts = [(cut.name, cut.depth) for cut in network.shown]
@@ -168,6 +170,7 @@ def fit(
     strict: bool = False,
     allow_empty_class: bool = False,
     budget: str = "10m",
+    framing: bool = True,
     augment: Sequence[str] | None = None,
     balanced: bool = False,
     clipping: Clipping = CLIPPING,
@@ -178,8 +181,9 @@ def fit(
     """The whole job: curve, search, final model, its evaluation, report; all in the directory `out`.
 
     budget: wall time of all of it (`90s`, `5m`, `2h`), or how many candidates are tried beyond the probes (`20trials`;
-    `0trials` stops at the curve). augment: names of `regraft.augment`; None: crops, mixes of features, and mirrored
-    pictures where the data shows that they keep their labels. balanced: every class has the same say in fine-tuning.
+    `0trials` stops at the curve). framing: also try pictures whole and larger than the network states (see `framing`).
+    augment: names of `regraft.augment`; None: crops, mixes of features, and mirrored pictures where the data shows that
+    they keep their labels. balanced: every class has the same say in fine-tuning.
     clipping: of gradients. weights: see `load_backbone`.
     test: pictures that only the finished model sees, instead of the data's own test split. A finished run is returned
     as it is, with 0 `forward_passes`; an interrupted one goes on. RunError if `out` holds a run with other options or
@@ -205,6 +209,7 @@ def fit(
         "augment": None if augment is None else list(augment),
         "balanced": balanced,
         "clipping": [clipping.by, clipping.limit],
+        **({} if framing else {"framing": False}),
         **{name: value for name, value in weights.items() if value != UNASKED.get(name) and value != {}},
     }
     record = finished_record(folder, options, dataset, tested)
@@ -218,20 +223,29 @@ def fit(
     with spending(folder, options, spent):
         say("loading the backbone", 0, 1)
         network = load_backbone(backbone, example=example, seed=seed, **weights)
-        found = curve_of(
-            dataset,
-            network,
-            store or open_store(),
+        look = partial(
+            curve_of,
+            store=store or open_store(),
             tested=tested,
             device=device,
             seed=seed,
             strict=strict,
             allow_empty_class=allow_empty_class,
             say=say,
-            started=started,
         )
+        at, count = time.perf_counter(), len(tested.examples) if tested else 0
+        notes = folder / CHECKPOINTS / "framing.json"
+        framed = (
+            frame(dataset, network, look, spent, seed=seed, tested=count, notes=notes) if framing else Framed(network)
+        )
+        network = framed.backbone
+        found = framed.curve or look(dataset, network)
+        warn_of_known(found, 2)
+        seconds = dict(found.seconds)
+        seconds["framing"] = time.perf_counter() - at - sum(seconds.values())
+        seconds["prepare"] += at - started
 
-        seconds, at = dict(found.seconds), time.perf_counter()
+        at = time.perf_counter()
         trials = {trial.name: trial for trial in found.trials}
         ground = Ground(network, found.numerics, found.bench, found.task, trials, seed, balanced, clipping)
         head = fit_head(found.bench, found.task, found.choice.trial)
@@ -239,7 +253,7 @@ def fit(
         seconds["head"] = time.perf_counter() - at
         at = time.perf_counter()
 
-        stated, count = found.choice.score, len(tested.examples) if tested else 0
+        stated = found.choice.score
         reserve = seconds_after(probed, tested) if spent.seconds else 0.0
         drawn, asked = _augmentation(ground, augment, spent)
         with memory_kept():
@@ -260,7 +274,8 @@ def fit(
         seconds["test"] = time.perf_counter() - at
         seconds["total"] = spent.elapsed()
         record = record_of(options, dataset, tested, found, climbed, evaluation, seconds)
-        record["forward_passes"] += asked
+        record["forward_passes"] += asked + framed.forward_passes
+        record["framing"] = framed.to_json()
         write_report(folder / REPORT_FILE, record, pictures_of(record, dataset, tested))
     write_record(folder, record)
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)

@@ -42,7 +42,8 @@ class Choice:
     gain: paired difference of that score, on the network, over the raw input's; sharper: by how many nats its log-loss
     is lower; helps: one of the two intervals lies above 0, and the score is not lower.
     best: the trial on the network with the best mean, which the chosen one equals within the noise.
-    hits, losses: of the nested procedure on the network, float64 (n,).
+    hits, losses: of the nested procedure on the network, float64 (n,); own_hits, own_losses: of the whole procedure,
+    which may answer by the raw input.
     """
 
     trial: Trial
@@ -54,6 +55,8 @@ class Choice:
     reason: str
     hits: np.ndarray = field(repr=False)
     losses: np.ndarray = field(repr=False)
+    own_hits: np.ndarray = field(repr=False)
+    own_losses: np.ndarray = field(repr=False)
 
 
 def run_trials(
@@ -107,11 +110,11 @@ def choose(trials: Sequence[Trial], task: Task) -> Choice:
     gain = paired_difference(hits, raw.hits, task.groups)
     sharper = paired_difference(raw.losses.mean(0), losses, task.groups)
     helps = gain.low > 0 or (sharper.low > 0 and gain.score >= 0)
-    scored = hits
+    own = hits, losses
     if not helps:
         ahead = gain.high >= 0 and max(gain.score, sharper.score) > 0
         pool = trials if ahead else [raw]
-        picked, scored = _rule(pool, task.groups, everything)[0], _nested(pool, task)[0]
+        picked, own = _rule(pool, task.groups, everything)[0], _nested(pool, task)
     if helps:
         reason = f"transfer helps: {_points(gain)} over the raw input"
         if gain.low <= 0:
@@ -124,8 +127,8 @@ def choose(trials: Sequence[Trial], task: Task) -> Choice:
         least = f"{picked.name} has the least log-loss"
         reason = f"transfer may help: {_points(gain)} over the raw input, within the noise; {least}"
     folds = int(task.folds.max()) + 1
-    score = widened(bootstrap_interval(scored, task.groups), 1 / folds)
-    return Choice(picked, best, score, gain, sharper, helps, reason, hits, losses)
+    score = widened(bootstrap_interval(own[0], task.groups), 1 / folds)
+    return Choice(picked, best, score, gain, sharper, helps, reason, hits, losses, *own)
 
 
 def _nested(trials: Sequence[Trial], task: Task) -> tuple[np.ndarray, np.ndarray]:

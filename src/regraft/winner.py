@@ -10,8 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from regraft.attempts import Attempt
-from regraft.finetune import Ground
-from regraft.probe import Trial
+from regraft.probe import Task, Trial
 from regraft.scores import Interval, bootstrap_interval, paired_difference, widened
 
 FIRST_FOLDS = 2
@@ -20,13 +19,13 @@ SURE = 300
 
 
 def decide(
-    ground: Ground, probe: Trial, stated: Interval, attempts: Sequence[Attempt]
+    task: Task, probe: Trial, stated: Interval, attempts: Sequence[Attempt]
 ) -> tuple[Attempt | None, Interval, str]:
     """The winner, the score of this whole procedure on new pictures, and why.
 
     The score is nested: the pictures of every fold are answered by the winner on the other folds.
     """
-    folds, groups = ground.task.folds[0], ground.task.groups
+    folds, groups = task.folds[0], task.groups
     judged = eligible(attempts, 0)
     winner = answer_of(probe, judged, groups, np.ones(len(folds), bool))
     if winner is None:
