@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from functools import partial
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,10 +17,12 @@ from regraft import framing
 from regraft.artifact import load_model
 from regraft.backbone import load_backbone, reframed
 from regraft.budget import budget_from
-from regraft.data import load_data
+from regraft.costs import picture_seconds
+from regraft.data import Dataset, Example, load_data
 from regraft.depth_curve import curve_of
-from regraft.errors import TraceError
+from regraft.errors import DataError, RunError, TraceError
 from regraft.framing import Framed, frame, framings
+from regraft.numerics import Numerics
 from regraft.preprocess import PreprocessSpec, plain_spec
 from regraft.store import open_store
 
@@ -88,6 +89,7 @@ def test_a_centre_crop_is_tried_whole_and_larger():
         (plain_spec(299, 299, 3), [(384, 384)]),
         (plain_spec(128, 160, 3), [(160, 192)]),
         (replace(plain_spec(224, 224, 3), resize="longest"), [(288, 288)]),
+        (replace(plain_spec(224, 224, 3), resize_to=(248, 248)), [(224, 224), (288, 288)]),
         (replace(plain_spec(64, 64, 3), resize="shortest"), [(64, 64)]),
     ],
 )
@@ -148,6 +150,15 @@ def test_a_user_can_keep_the_stated_preparation(tmp_path, options):
     assert run.record["framing"]["tried"] == []
 
 
+def test_a_run_is_not_another_that_was_asked_without_framing(tmp_path):
+    data = written(tmp_path / "data", centred, each=8)
+    for first, then in ((True, False), (False, True)):
+        out = tmp_path / str(first)
+        regraft.fit(data, network(), out=out, framing=first)
+        with pytest.raises(RunError, match="framing was"):
+            regraft.fit(data, network(), out=out, framing=then)
+
+
 def test_too_few_pictures_are_not_asked(tmp_path):
     backbone = network()
     assert framed(written(tmp_path / "data", each=8), tmp_path, backbone) == Framed(backbone)
@@ -184,6 +195,37 @@ def test_a_network_shown_larger_pictures_gives_what_it_gives_there():
     assert [cut.name for cut in found.cuts] == [cut.name for cut in network().cuts]
 
 
+def test_of_a_rare_class_whole_groups_are_drawn_for_every_fold():
+    labels = [0] * 900 + [1] * 24
+    groups = [""] * 900 + [f"g{i // 3}" for i in range(24)]
+    examples = [Example(str(i), k, "train", g) for i, (k, g) in enumerate(zip(labels, groups, strict=True))]
+    drawn = framing._drawn(Dataset("", ("a", "b"), tuple(examples)), 0).examples
+    rare = [e.group for e in drawn if e.label == 1]
+    assert len(rare) == len([g for g in groups if g in set(rare)])
+    assert len(set(rare)) >= 5
+
+
+def test_of_many_pictures_that_cannot_be_judged_the_reason_is_told(tmp_path, small, monkeypatch):
+    monkeypatch.setattr(framing, "MOST", 45)
+
+    def refused(*args, **options):
+        raise DataError("There must be more.")
+
+    dataset = load_data(written(tmp_path / "data"))
+    budget = budget_from("9trials")
+    found = frame(dataset, network(), refused, budget, seed=0, tested=0, notes=tmp_path / "notes.json")
+    assert [(a.status, a.reason) for a in found.attempts] == [("failed", "There must be more.")] * 2
+    assert found.curve is None
+
+
+def test_curves_of_other_pictures_are_not_compared(tmp_path, small):
+    one = framed(written(tmp_path / "one"), tmp_path).curve
+    other = framed(written(tmp_path / "other", each=EACH + 1), tmp_path).curve
+    assert framing._comparable(one, one) is one
+    with pytest.raises(DataError, match="the same pictures"):
+        framing._comparable(other, one)
+
+
 def test_of_many_pictures_some_are_asked_and_their_features_are_kept(tmp_path, small, monkeypatch):
     monkeypatch.setattr(framing, "MOST", 45)
     data = written(tmp_path / "data")
@@ -199,21 +241,21 @@ def test_of_many_pictures_some_are_asked_and_their_features_are_kept(tmp_path, s
 # ---- time --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("budget", "passes", "status"),
-    [
-        ("100s", 50, "finished"),
-        ("70s", 50, "skipped"),
-        ("70s", 0, "finished"),
-        ("0s", 0, "skipped"),
-        ("1trials", 1, "finished"),
-    ],
-)
-def test_a_framing_may_take_half_of_the_time_that_is_left(budget, passes, status):
-    seen = SimpleNamespace(table=SimpleNamespace(forward_passes=passes), seconds={"features": 5.0})
-    ended, reason = framing._in_time(seen, 400, budget_from(budget), "skipped")  # 40 s
+@pytest.mark.parametrize(("budget", "status"), {"100s": "finished", "70s": "skipped", "0s": "skipped"}.items())
+def test_a_framing_may_take_half_of_the_time_that_is_left(tmp_path, small, monkeypatch, budget, status):
+    monkeypatch.setattr(framing, "picture_seconds", lambda backbone, examples, numerics: 0.1)
+    first = framed(written(tmp_path / "data"), tmp_path).curve
+    ended, reason = framing._in_time(first, first.backbone, 400, budget_from(budget))  # 40 s
     assert ended == status
     assert bool(reason) == (status == "skipped")
+
+
+def test_a_picture_is_timed_at_the_size_of_its_framing(tmp_path):
+    dataset = load_data(written(tmp_path / "data"))
+    wide = replace(CROPPED, size=(512, 512), resize_to=(512, 512))
+    numerics = Numerics("cpu", "float32", 16, "test")
+    near, far = (picture_seconds(b, dataset.examples, numerics) for b in (network(), reframed(network(), wide)))
+    assert 0 < near < far
 
 
 def test_without_time_nothing_is_asked_and_a_resumed_run_judges_what_it_had_judged(tmp_path, small):
@@ -224,12 +266,11 @@ def test_without_time_nothing_is_asked_and_a_resumed_run_judges_what_it_had_judg
     resumed = framed(data, tmp_path, budget="1s", spent=60.0)
     assert resumed.winner == "whole pictures"
     assert [a.status for a in resumed.attempts] == ["finished", "finished"]
-    (tmp_path / "notes.json").write_text('["larger pictures"]')
+    ended = {"whole pictures": ["skipped", "it would take long"], "larger pictures": ["finished", ""]}
+    (tmp_path / "notes.json").write_text(json.dumps(ended))
     other = framed(data, tmp_path, budget="1s", spent=60.0)
-    assert [(a.status, a.reason) for a in other.attempts] == [
-        ("skipped", "not tried before the interruption"),
-        ("finished", ""),
-    ]
+    assert {a.candidate.name: [a.status, a.reason] for a in other.attempts} == ended
+    assert other.winner == "larger pictures"
     (tmp_path / "notes.json").unlink()
     killed = framed(data, tmp_path, budget="1s", spent=60.0)
     assert [(a.status, a.reason) for a in killed.attempts] == [("skipped", "no time was left")] * 2

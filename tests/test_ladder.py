@@ -353,11 +353,15 @@ def test_another_runs_winner_that_cannot_be_trained_in_time_is_not_the_answer(gr
     assert again.winner.candidate.name == "top layers"
 
 
-@pytest.mark.parametrize(("seconds", "folds"), {3500: [2, 3, 4], 2400: [2, 3], 1100: [], 0: []}.items())
+@pytest.mark.parametrize(
+    ("seconds", "sure", "folds"),
+    [(3500, 30, [2, 3, 4]), (2400, 30, [2, 3]), (2400, 40, []), (1100, 30, []), (0, 30, [])],
+)
 def test_a_candidate_stays_at_its_length_and_is_judged_on_as_many_folds_as_the_time_allows(
-    ground, monkeypatch, seconds, folds
+    ground, monkeypatch, seconds, sure, folds
 ):
     costing(monkeypatch, 100.0)
+    monkeypatch.setattr(ladder, "SURE", sure)
     whole = candidates_for(ground, DRAWN)[TOP]
     rung = ladder._Rung(whole, outcomes=dict(list(told(ground, 0.9, 0).items())[:2]))
     way = replace(way_of(ground), budget=budget_from(f"{seconds}s"))

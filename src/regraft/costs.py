@@ -7,17 +7,21 @@ and `finetune`), so that the same run always does the same arithmetic; only what
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 
+from regraft.backbone import Backbone
 from regraft.candidates import BATCH, Candidate
+from regraft.data import Example, read
 from regraft.finetune import STORED, Ground, cuts_read, plot_of, trained_on, trains_in_bfloat16
 from regraft.frozen import freeze_lower, values_at_cuts
 from regraft.graph import find_cut
 from regraft.heads import INPUT
 from regraft.maps import picture_views
-from regraft.preprocess import input_spec
+from regraft.numerics import Numerics
+from regraft.preprocess import fit_to_size, input_spec
 from regraft.training import batches_of
 from regraft.tuned import PICTURE, grow
 
@@ -79,6 +83,18 @@ def _preparing(ground: Ground, candidate: Candidate) -> float:
     picture_views(examples, ids, spec, candidate.views, candidate.augment)
     seconds = (time.perf_counter() - started) * min(torch.get_num_threads(), len(chosen))
     return seconds / (len(chosen) * candidate.views)
+
+
+def picture_seconds(backbone: Backbone, examples: Sequence[Example], numerics: Numerics) -> float:
+    """Seconds to decode and prepare a picture and push it through the network up to its last shown cut."""
+    frozen = freeze_lower(backbone.trace, [cut.name for cut in backbone.shown], backbone.preprocess, numerics)
+    started = time.perf_counter()
+    pictures = torch.stack([fit_to_size(read(e).decode().pixels, backbone.preprocess) for e in examples[:SAMPLED]])
+    each = (time.perf_counter() - started) / len(pictures) / torch.get_num_threads()
+    values_at_cuts(frozen, pictures)
+    started = time.perf_counter()
+    values_at_cuts(frozen, pictures)  # a batch is padded: it takes the time of a full one
+    return each + (time.perf_counter() - started) / numerics.batch
 
 
 def workers(ground: Ground) -> int:

@@ -68,7 +68,7 @@ def _on_all(ground: Ground, winner: Attempt, maps: Maps, checkpoints: Path) -> G
     facts = {"candidate": winner.candidate.to_json(), "epochs": winner.epochs, "seed": ground.seed}
     facts |= {"examples": digest_json([ground.bench.table.ids[i] for i in ground.bench.chosen])}
     facts |= {"weights": ground.backbone.source.weights, "numerics": ground.numerics.to_json()}
-    facts |= {"labels": digest_json(ground.task.labels.tolist())}
+    facts |= {"labels": digest_json(ground.task.labels.tolist()), "preprocess": ground.backbone.preprocess.to_json()}
 
     def at(slower: float) -> Grown:
         keep = partial(Checkpoints, checkpoints / f"rate-{slower:g}", facts={**facts, "slower": slower})

@@ -2,14 +2,13 @@
 
 Most networks state the centre crop of the benchmark they were tested on, which cuts away what lies at the border, and a
 size at which they see things smaller than in training (Touvron et al. 2019, "Fixing the train-test resolution
-discrepancy"). Each framing has a curve of its own on the same folds, of at most `MOST` pictures; one that shows more
+discrepancy"). Each framing has a curve of its own on the same folds, of some `MOST` pictures; one that shows more
 takes the place of a simpler one only beyond the noise.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,19 +20,21 @@ from regraft.attempts import Attempt, Status
 from regraft.backbone import Backbone, reframed
 from regraft.budget import Budget
 from regraft.candidates import LITTLE, Candidate
+from regraft.costs import picture_seconds
 from regraft.data import Dataset, subset
 from regraft.depth_curve import Curve
-from regraft.errors import RegraftError
+from regraft.errors import DataError, RegraftError
 from regraft.files import write_atomic
 from regraft.heads import INPUT
 from regraft.ladder import first_line
-from regraft.preprocess import PreprocessSpec
+from regraft.preprocess import PreprocessSpec, Resize
 from regraft.probe import Trial
 from regraft.scores import paired_difference
+from regraft.splits import FOLDS
 from regraft.winner import decide
 
 MOST = 1000
-"""So many pictures show which framing is better, where there are more."""
+"""About so many pictures show which framing is better, where there are more."""
 LARGER = 9 / 7
 """224 becomes 288: EfficientNet-Lite0 gains hardly more from 384 (`bench/framing.py`)."""
 STEP = 32
@@ -55,7 +56,7 @@ class Framed:
 
     backbone: the network with the preparation that was chosen; curve: its curve, where all pictures were asked, with
     the score of the choice among framings. attempts: what was tried beside the stated preparation; winner: its name, or
-    None. asked: pictures; forward_passes: those pushed through the network for what was not chosen.
+    None. asked: pictures; forward_passes: those pushed through the network for other curves than this one.
     """
 
     backbone: Backbone
@@ -80,11 +81,11 @@ def framings(spec: PreprocessSpec) -> list[tuple[Candidate, PreprocessSpec]]:
     """What is worth trying instead of the stated preparation, in the order of what it costs."""
     out = []
     fits = all(to <= side for to, side in zip(spec.resize_to, spec.size, strict=True))
-    shown = spec.resize == "stretch" or (spec.resize == "longest" and fits)
-    whole = spec if shown else replace(spec, resize="longest", resize_to=spec.size)
-    if not shown:
-        does = "all of a picture at the stated size, with a border where its shape is another"
-        out.append((_candidate("whole pictures", does), whole))
+    resize: Resize = "longest" if spec.resize == "shortest" else spec.resize
+    whole = spec if fits and resize == spec.resize else replace(spec, resize=resize, resize_to=spec.size)
+    if whole != spec:
+        border = ", with a border where its shape is another" if resize == "longest" else ""
+        out.append((_candidate("whole pictures", f"all of a picture at the stated size{border}"), whole))
     size = (_larger(spec.size[0]), _larger(spec.size[1]))
     if min(spec.size) >= SMALLEST and size != spec.size:
         does = f"all of a picture at {size[0]} x {size[1]} pixels instead of {spec.size[0]} x {spec.size[1]}"
@@ -97,8 +98,8 @@ def frame(
 ) -> Framed:
     """Try the framings and take the simplest that nothing beats beyond the noise.
 
-    tested: pictures that the saved model will answer; notes: a file of the run that says what was judged, for a run
-    that is resumed judges the same, whatever time is left. Raises what `look` raises, where all pictures are asked.
+    tested: pictures that the saved model will answer; notes: a file of the run that says how each framing ended, for a
+    run that is resumed judges the same, whatever time is left. Raises what `look` raises, where all pictures are asked.
     """
     named, learned = framings(backbone.preprocess), subset(dataset, "train", "validation")
     n = len(learned.examples)
@@ -106,34 +107,28 @@ def frame(
     if not named or budget.trials == 0 or late or n < LITTLE:
         return Framed(backbone)
     asked = dataset if n <= MOST else _drawn(learned, seed)
-    options = {} if n <= MOST else {"strict": False, "tested": None, "allow_empty_class": True}
+    lenient = {"strict": False, "tested": None, "allow_empty_class": True}
     try:
-        first = look(asked, backbone, **options)
-    except RegraftError:
+        first = look(asked, backbone, **({} if n <= MOST else lenient))
+    except RegraftError as e:
         if n <= MOST:
             raise
-        return Framed(backbone)  # the curve of all pictures says what is wrong with them
-    before = _judged_before(notes, budget)
+        return Framed(backbone, attempts=tuple(Attempt(c, "failed", first_line(e)) for c, _ in named))
+    before = _ended_before(notes, budget)
     curves: dict[str, Curve] = {}
     attempts = []
     for candidate, spec in named:
         started = time.monotonic()
-        area = math.prod(spec.size) / math.prod(backbone.preprocess.size)
         ended: tuple[Status, str] = ("finished", "")
-        if before is None:
-            ended = _in_time(first, area * (n + tested), budget, "skipped")
-        elif candidate.name not in before:
-            ended = ("skipped", "not tried before the interruption")
-        if ended[0] == "finished":
-            try:
-                found = look(asked, reframed(backbone, spec), **options)
-                curves[candidate.name] = found
-                if before is None and n > MOST:
-                    ended = _in_time(found, n + tested, budget, "stopped")
-            except (RegraftError, RuntimeError, MemoryError) as e:
-                ended = ("failed", first_line(e))
+        try:
+            other = reframed(backbone, spec)
+            ended = before.get(candidate.name) or _in_time(first, other, n + tested, budget)
+            if ended[0] == "finished":
+                curves[candidate.name] = _comparable(look(asked, other, **lenient), first)
+        except (RegraftError, RuntimeError, MemoryError) as e:
+            ended = ("failed", first_line(e))
         attempts.append(_attempt(candidate, ended, first, curves.get(candidate.name), time.monotonic() - started))
-    write_atomic(notes, [json.dumps([a.candidate.name for a in attempts if a.status == "finished"]).encode()])
+    write_atomic(notes, [json.dumps({a.candidate.name: [a.status, a.reason] for a in attempts}).encode()])
     winner, score, _ = decide(first.task, _nested(first), first.choice.score, attempts)
     name = winner.candidate.name if winner else None
     chosen = curves[name] if name else first
@@ -154,25 +149,42 @@ def _larger(side: int) -> int:
 
 
 def _drawn(learned: Dataset, seed: int) -> Dataset:
-    """`MOST` pictures of all classes, as many of each as its share, at least two."""
-    rng, n = np.random.default_rng(seed), len(learned.examples)
-    labels = np.array([example.label for example in learned.examples])
+    """About `MOST` pictures, of each class its share: whole groups, and of as many groups as there are folds."""
+    rng, share = np.random.default_rng(seed), MOST / len(learned.examples)
+    by_class: dict[int, dict[str | int, list[int]]] = {}
+    for i, example in enumerate(learned.examples):
+        by_class.setdefault(example.label, {}).setdefault(example.group or i, []).append(i)
     rows: list[int] = []
-    for label in range(len(learned.labels)):
-        own = np.flatnonzero(labels == label)
-        rows += rng.permutation(own)[: max(2, round(MOST * len(own) / n))].tolist()
+    for groups in map(list, map(dict.values, by_class.values())):
+        wanted = len(rows) + share * sum(map(len, groups))
+        for number, at in enumerate(rng.permutation(len(groups))):
+            if number >= FOLDS and len(rows) >= wanted:
+                break
+            rows += groups[at]
     return replace(learned, examples=tuple(learned.examples[i] for i in sorted(rows)))
 
 
-def _in_time(seen: Curve, pictures: float, budget: Budget, otherwise: Status) -> tuple[Status, str]:
-    """Whether so many pictures are expected to pass as those of a curve did, in the share of the time left."""
-    left, passes = budget.left(), seen.table.forward_passes
+def _in_time(first: Curve, other: Backbone, pictures: int, budget: Budget) -> tuple[Status, str]:
+    """Whether so many pictures are expected to pass the network in the share of the time left."""
+    left = budget.left()
+    if left == float("inf"):
+        return "finished", ""
     if left <= 0:
-        return otherwise, "no time was left"
-    needed = pictures * seen.seconds["features"] / passes if passes else 0.0
+        return "skipped", "no time was left"
+    needed = pictures * picture_seconds(other, [first.table.examples[i] for i in first.bench.chosen], first.numerics)
     if needed <= SHARE * left:
         return "finished", ""
-    return otherwise, f"all pictures so would take about {needed:.0f} s of the {left:.0f} s left"
+    return "skipped", f"all pictures so would take about {needed:.0f} s of the {left:.0f} s left"
+
+
+def _comparable(found: Curve, first: Curve) -> Curve:
+    """The curve, if it has the pictures of the first one. Raises DataError."""
+    ours, theirs = ([c.table.ids[i] for i in c.bench.chosen] for c in (found, first))
+    if ours != theirs:
+        raise DataError(
+            f"Every framing must have the same pictures; some of {len(theirs)} could not be read again: try it anew."
+        )
+    return found
 
 
 def _attempt(
@@ -201,12 +213,11 @@ def _nested(found: Curve) -> Trial:
     return replace(choice.trial, fold_hits=choice.own_hits[None], losses=choice.own_losses[None])
 
 
-def _judged_before(notes: Path, budget: Budget) -> list[str] | None:
-    """The framings that a resumed run had judged; None where it is not resumed, or had not come so far."""
+def _ended_before(notes: Path, budget: Budget) -> dict[str, tuple[Status, str]]:
+    """How the framings of a resumed run had ended; empty where it is not resumed, or had not come so far."""
     if not budget.spent:
-        return None
+        return {}
     try:
-        judged: list[str] = json.loads(notes.read_text())
+        return {name: (status, reason) for name, (status, reason) in json.loads(notes.read_text()).items()}
     except (OSError, ValueError):
-        return None
-    return judged
+        return {}

@@ -304,8 +304,8 @@ def _settled(way: _Way, rung: _Rung, folds: Sequence[int], rungs: Sequence[_Rung
     """The folds to train a candidate on, at the longest of its lengths that is known or expected to end in time.
 
     Empty where all are known, or where not even the shortest would end: then it is told so. Once judged at a length it
-    stays at it, and is judged on some more folds, side by side, where not on all; what a run that is resumed had
-    finished goes before what is longer.
+    stays at it, and where not all folds would end is judged on some more, side by side, if it may win then. What a run
+    that is resumed had finished goes before what is longer.
     """
     full, ground = rung.candidate, way.ground
     endless = way.left() == float("inf")
@@ -336,7 +336,8 @@ def _settled(way: _Way, rung: _Rung, folds: Sequence[int], rungs: Sequence[_Rung
     rung.ended = ("unfinished", reason)
     _take(rung, known[0][1])
     some = missing[: workers(ground)]
-    return some if way.left() >= _own(way, rung, some) + way.after > 0 else []
+    enough = int(np.isin(ground.task.folds[0], [*rung.outcomes, *some]).sum()) >= SURE
+    return some if enough and way.left() >= _own(way, rung, some) + way.after > 0 else []
 
 
 def _rivals(way: _Way, rung: _Rung, rungs: Sequence[_Rung], later: int) -> list[_Rung]:

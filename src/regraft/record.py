@@ -11,7 +11,7 @@ import contextlib
 import json
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -53,10 +53,13 @@ def refuse_inside(folder: Path, data: str) -> None:
         raise RunError(f"{folder} must not lie inside the data, {data}: choose another --out.")
 
 
-def refuse_other_options(folder: Path, record: dict[str, Any], options: dict[str, Any]) -> None:
-    """Raise RunError, which names the differences, unless the run in `folder` was asked the same."""
+def refuse_other_options(
+    folder: Path, record: dict[str, Any], options: dict[str, Any], but: Collection[str] = ()
+) -> None:
+    """Raise RunError, which names the differences, unless the run in `folder` was asked the same `but` for these."""
     before = record["options"]
-    changed = [f"{k} was {before.get(k)!r} and is {v!r}" for k, v in options.items() if before.get(k) != v]
+    asked = [k for k in {**options, **before} if k not in but]
+    changed = [f"{k} was {before.get(k)!r} and is {options.get(k)!r}" for k in asked if before.get(k) != options.get(k)]
     if changed:
         raise RunError(f"{folder} holds a run with other options ({'; '.join(changed)}): choose another --out.")
 

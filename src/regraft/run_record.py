@@ -130,7 +130,7 @@ def finished_record(
         return None
     # Of a finished run it is known which pictures it saw, wherever they lie; of an interrupted one, only the place.
     finished = record["status"] == "finished"
-    refuse_other_options(folder, record, {k: v for k, v in options.items() if not (finished and k in PLACES)})
+    refuse_other_options(folder, record, options, PLACES if finished else ())
     if not finished:
         return None
     now = _identities(dataset, tested, {})
