@@ -27,6 +27,7 @@ from regraft.preprocess import PreprocessSpec, plain_spec
 from regraft.store import open_store
 
 CROPPED = PreprocessSpec((64, 64), (128, 128), (0.5,) * 3, (0.25,) * 3)
+NUMERICS = Numerics("cpu", "float32", 16, "test")
 EACH = 20
 N = 3 * EACH
 
@@ -67,7 +68,8 @@ def framed(data, tmp_path, backbone=None, budget="9trials", spent=0.0, seed=0):
     options = {"device": "cpu", "seed": seed, "strict": False, "allow_empty_class": False, "tested": None}
     look = partial(curve_of, store=open_store(tmp_path / "store"), say=lambda *_: None, **options)
     backbone, notes = backbone or network(), tmp_path / "notes.json"
-    return frame(load_data(data), backbone, look, budget_from(budget, spent=spent), seed=seed, tested=0, notes=notes)
+    asked = budget_from(budget, spent=spent)
+    return frame(load_data(data), backbone, look, asked, NUMERICS, seed=seed, tested=0, notes=notes)
 
 
 # ---- what is worth trying ----------------------------------------------------------------------------------------
@@ -213,7 +215,7 @@ def test_of_many_pictures_that_cannot_be_judged_the_reason_is_told(tmp_path, sma
 
     dataset = load_data(written(tmp_path / "data"))
     budget = budget_from("9trials")
-    found = frame(dataset, network(), refused, budget, seed=0, tested=0, notes=tmp_path / "notes.json")
+    found = frame(dataset, network(), refused, budget, NUMERICS, seed=0, tested=0, notes=tmp_path / "notes.json")
     assert [(a.status, a.reason) for a in found.attempts] == [("failed", "There must be more.")] * 2
     assert found.curve is None
 
@@ -244,17 +246,25 @@ def test_of_many_pictures_some_are_asked_and_their_features_are_kept(tmp_path, s
 @pytest.mark.parametrize(("budget", "status"), {"100s": "finished", "70s": "skipped", "0s": "skipped"}.items())
 def test_a_framing_may_take_half_of_the_time_that_is_left(tmp_path, small, monkeypatch, budget, status):
     monkeypatch.setattr(framing, "picture_seconds", lambda backbone, examples, numerics: 0.1)
-    first = framed(written(tmp_path / "data"), tmp_path).curve
-    ended, reason = framing._in_time(first, first.backbone, 400, budget_from(budget))  # 40 s
+    data = load_data(written(tmp_path / "data"))
+    ended, reason = framing._in_time(network(), data, NUMERICS, 400, budget_from(budget))  # 40 s
     assert ended == status
     assert bool(reason) == (status == "skipped")
+
+
+def test_of_many_pictures_none_are_asked_where_not_even_the_stated_framing_is_in_time(tmp_path, small, monkeypatch):
+    monkeypatch.setattr(framing, "MOST", 45)
+    monkeypatch.setattr(framing, "picture_seconds", lambda backbone, examples, numerics: 1.0)
+    found = framed(written(tmp_path / "data"), tmp_path, budget="100s")
+    assert (found.curve, found.forward_passes) == (None, 0)
+    assert [a.status for a in found.attempts] == ["skipped"] * 2
+    assert found.attempts[0].reason.startswith("all pictures so would take about 60 s of the ")
 
 
 def test_a_picture_is_timed_at_the_size_of_its_framing(tmp_path):
     dataset = load_data(written(tmp_path / "data"))
     wide = replace(CROPPED, size=(512, 512), resize_to=(512, 512))
-    numerics = Numerics("cpu", "float32", 16, "test")
-    near, far = (picture_seconds(b, dataset.examples, numerics) for b in (network(), reframed(network(), wide)))
+    near, far = (picture_seconds(b, dataset.examples, NUMERICS) for b in (network(), reframed(network(), wide)))
     assert 0 < near < far
 
 

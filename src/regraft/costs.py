@@ -6,6 +6,7 @@ and `finetune`), so that the same run always does the same arithmetic; only what
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,6 +16,7 @@ import torch
 from regraft.backbone import Backbone
 from regraft.candidates import BATCH, Candidate
 from regraft.data import Example, read
+from regraft.errors import PictureError
 from regraft.finetune import STORED, Ground, cuts_read, plot_of, trained_on, trains_in_bfloat16
 from regraft.frozen import freeze_lower, values_at_cuts
 from regraft.graph import find_cut
@@ -89,11 +91,14 @@ def picture_seconds(backbone: Backbone, examples: Sequence[Example], numerics: N
     """Seconds to decode and prepare a picture and push it through the network up to its last shown cut."""
     frozen = freeze_lower(backbone.trace, [cut.name for cut in backbone.shown], backbone.preprocess, numerics)
     started = time.perf_counter()
-    pictures = torch.stack([fit_to_size(read(e).decode().pixels, backbone.preprocess) for e in examples[:SAMPLED]])
-    each = (time.perf_counter() - started) / len(pictures) / torch.get_num_threads()
+    for example in examples[:SAMPLED]:
+        with contextlib.suppress(PictureError):
+            fit_to_size(read(example).decode().pixels, backbone.preprocess)
+    each = (time.perf_counter() - started) / SAMPLED / torch.get_num_threads()
+    pictures = torch.zeros(numerics.batch, backbone.preprocess.channels, *backbone.preprocess.size, dtype=torch.uint8)
     values_at_cuts(frozen, pictures)
     started = time.perf_counter()
-    values_at_cuts(frozen, pictures)  # a batch is padded: it takes the time of a full one
+    values_at_cuts(frozen, pictures)
     return each + (time.perf_counter() - started) / numerics.batch
 
 

@@ -27,6 +27,7 @@ from regraft.errors import DataError, RegraftError
 from regraft.files import write_atomic
 from regraft.heads import INPUT
 from regraft.ladder import first_line
+from regraft.numerics import Numerics
 from regraft.preprocess import PreprocessSpec, Resize
 from regraft.probe import Trial
 from regraft.scores import paired_difference
@@ -94,18 +95,33 @@ def framings(spec: PreprocessSpec) -> list[tuple[Candidate, PreprocessSpec]]:
 
 
 def frame(
-    dataset: Dataset, backbone: Backbone, look: Look, budget: Budget, *, seed: int, tested: int, notes: Path
+    dataset: Dataset,
+    backbone: Backbone,
+    look: Look,
+    budget: Budget,
+    numerics: Numerics,
+    *,
+    seed: int,
+    tested: int,
+    notes: Path,
 ) -> Framed:
     """Try the framings and take the simplest that nothing beats beyond the noise.
 
-    tested: pictures that the saved model will answer; notes: a file of the run that says how each framing ended, for a
-    run that is resumed judges the same, whatever time is left. Raises what `look` raises, where all pictures are asked.
+    numerics: of the machine, to time a picture; tested: pictures that the saved model will answer; notes: a file of the
+    run that says how each framing ended, for a run that is resumed judges the same, whatever time is left. Raises what
+    `look` raises, where all pictures are asked.
     """
     named, learned = framings(backbone.preprocess), subset(dataset, "train", "validation")
     n = len(learned.examples)
     late = budget.left() <= 0 and not budget.spent
     if not named or budget.trials == 0 or late or n < LITTLE:
         return Framed(backbone)
+    before = _ended_before(notes, budget)
+    ended: tuple[Status, str] = ("finished", "")
+    if n > MOST and not before:
+        ended = _in_time(backbone, learned, numerics, n + tested, budget)
+    if ended[0] != "finished":
+        return Framed(backbone, attempts=tuple(Attempt(candidate, *ended) for candidate, _ in named))
     asked = dataset if n <= MOST else _drawn(learned, seed)
     lenient = {"strict": False, "tested": None, "allow_empty_class": True}
     try:
@@ -114,15 +130,13 @@ def frame(
         if n <= MOST:
             raise
         return Framed(backbone, attempts=tuple(Attempt(c, "failed", first_line(e)) for c, _ in named))
-    before = _ended_before(notes, budget)
     curves: dict[str, Curve] = {}
     attempts = []
     for candidate, spec in named:
         started = time.monotonic()
-        ended: tuple[Status, str] = ("finished", "")
         try:
             other = reframed(backbone, spec)
-            ended = before.get(candidate.name) or _in_time(first, other, n + tested, budget)
+            ended = before.get(candidate.name) or _in_time(other, learned, numerics, n + tested, budget)
             if ended[0] == "finished":
                 curves[candidate.name] = _comparable(look(asked, other, **lenient), first)
         except (RegraftError, RuntimeError, MemoryError) as e:
@@ -164,14 +178,16 @@ def _drawn(learned: Dataset, seed: int) -> Dataset:
     return replace(learned, examples=tuple(learned.examples[i] for i in sorted(rows)))
 
 
-def _in_time(first: Curve, other: Backbone, pictures: int, budget: Budget) -> tuple[Status, str]:
+def _in_time(
+    backbone: Backbone, learned: Dataset, numerics: Numerics, pictures: int, budget: Budget
+) -> tuple[Status, str]:
     """Whether so many pictures are expected to pass the network in the share of the time left."""
     left = budget.left()
     if left == float("inf"):
         return "finished", ""
     if left <= 0:
         return "skipped", "no time was left"
-    needed = pictures * picture_seconds(other, [first.table.examples[i] for i in first.bench.chosen], first.numerics)
+    needed = pictures * picture_seconds(backbone, learned.examples, numerics)
     if needed <= SHARE * left:
         return "finished", ""
     return "skipped", f"all pictures so would take about {needed:.0f} s of the {left:.0f} s left"

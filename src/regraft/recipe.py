@@ -34,6 +34,7 @@ from regraft.growth import grow_labels
 from regraft.heads import INPUT
 from regraft.ladder import Say, climb
 from regraft.nn import Clipping, Health
+from regraft.numerics import pick_numerics
 from regraft.predict import Evaluation, evaluate_model
 from regraft.probe import fit_head
 from regraft.readers import is_file_spec
@@ -235,9 +236,10 @@ def fit(
         )
         at, count = time.perf_counter(), len(tested.examples) if tested else 0
         notes = folder / CHECKPOINTS / "framing.json"
-        framed = (
-            frame(dataset, network, look, spent, seed=seed, tested=count, notes=notes) if framing else Framed(network)
-        )
+        framed = Framed(network)
+        if framing:
+            numerics = pick_numerics(device)
+            framed = frame(dataset, network, look, spent, numerics, seed=seed, tested=count, notes=notes)
         network = framed.backbone
         found = framed.curve or look(dataset, network)
         warn_of_known(found, 2)
