@@ -42,7 +42,7 @@ STEP = 32
 SMALLEST = 96
 """Networks for smaller pictures are not shown larger ones: their sizes are the data's own."""
 SHARE = 0.4
-"""Of the time left, what preparing and answering all pictures in a framing may take: probes take about as long again."""
+"""Of the time left, what preparing and answering all pictures in a framing may take; probes come on top."""
 
 
 class Look(Protocol):
