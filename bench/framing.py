@@ -36,7 +36,7 @@ def main() -> None:
         everything = thinned(load_data(options.data / name, group=GROUPS.get(name)), MOST, seed=0)
         dataset = subset(everything, "train", "validation")
         first = regraft.curve(dataset, stated)
-        square = all(picture_is_square(example) for example in dataset.examples[:: len(dataset.examples) // 50])
+        square = all(picture_is_square(example) for example in dataset.examples[:: max(1, len(dataset.examples) // 50)])
         cells = [f"{first.choice.own_hits.mean():.4f}, {first.choice.own_losses.mean():.3f}"]
         for kind, size in tried.values():
             if kind == "stretch" and square:

@@ -24,6 +24,7 @@ from regraft.errors import DataError, RunError, TraceError
 from regraft.framing import Framed, frame, framings
 from regraft.numerics import Numerics
 from regraft.preprocess import PreprocessSpec, plain_spec
+from regraft.report import render
 from regraft.store import open_store
 
 CROPPED = PreprocessSpec((64, 64), (128, 128), (0.5,) * 3, (0.25,) * 3)
@@ -121,6 +122,10 @@ def test_pictures_whose_border_tells_the_class_are_shown_whole_and_the_saved_mod
     page = (tmp_path / "run" / "report.html").read_text()
     assert "Whole pictures" in page
     assert "not better than whole pictures beyond the noise" in page
+    unasked = {"chosen": "as stated", "size": [64, 64], "pictures": 0, "tried": []}
+    unasked["tried"] = [{**tried, "status": "skipped", "reason": "late", "gain": None} for tried in said["tried"]]
+    assert "Judged on" in page
+    assert "Judged on" not in render({**run.record, "framing": unasked}, lambda where: None)
     again = regraft.fit(data, network(), out=tmp_path / "again", budget="1trials", augment=[])
     assert again.record["forward_passes"] == 0
     assert again.record["framing"]["chosen"] == "whole pictures"

@@ -1,4 +1,4 @@
-"""What a candidate will cost, from a few timed steps: seconds for its maps and for training on one fold.
+"""What a candidate will cost, from a few timed steps: seconds for its maps and for training on one fold; and a picture.
 
 Where maps are stored and where `lower` is run again, and which precision a step has, are rules over shapes (see `maps`
 and `finetune`), so that the same run always does the same arithmetic; only what is tried in a time hangs on the clock.
@@ -96,9 +96,9 @@ def picture_seconds(backbone: Backbone, examples: Sequence[Example], numerics: N
             fit_to_size(read(example).decode().pixels, backbone.preprocess)
     each = (time.perf_counter() - started) / SAMPLED / torch.get_num_threads()
     pictures = torch.zeros(numerics.batch, backbone.preprocess.channels, *backbone.preprocess.size, dtype=torch.uint8)
-    values_at_cuts(frozen, pictures)
+    _settle(values_at_cuts(frozen, pictures)[0])
     started = time.perf_counter()
-    values_at_cuts(frozen, pictures)
+    _settle(values_at_cuts(frozen, pictures)[0])
     return each + (time.perf_counter() - started) / numerics.batch
 
 
