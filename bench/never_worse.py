@@ -87,6 +87,7 @@ def run(place: Path, name: str, seed: int, rival: str, budget: str) -> None:
                 for example, answer in zip(tested.examples, answers, strict=True)
             ]
             facts = {"chosen": fitted.record["chosen"]["name"], "stated": fitted.record["chosen"]["score"]["score"]}
+            facts["framing"] = fitted.record["framing"]["chosen"]
             facts["tried"] = {a["name"]: [a["status"], a["gain"]] for a in fitted.record["ladder"]["attempts"]}
     else:
         with memory_kept():

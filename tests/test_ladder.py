@@ -1,14 +1,8 @@
-"""The ladder above the probe: what is tried within a budget, what may win, and whole jobs that end with a winner."""
+"""The ladder above the probe: what is tried within a budget, and what is kept of it."""
 
 from __future__ import annotations
 
-import json
 import os
-import random
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,20 +14,16 @@ import grounds
 import regraft
 import tiny
 from regraft import final_fit, ladder, maps
-from regraft.artifact import assemble, load_model
-from regraft.attempts import Attempt, judged, recalled, remember
+from regraft.artifact import assemble
+from regraft.attempts import recalled, remember
 from regraft.augment import Augment
 from regraft.backbone import load_backbone
 from regraft.budget import budget_from
 from regraft.candidates import Candidate, shortened
-from regraft.errors import ArtifactError
-from regraft.finetune import Ground
 from regraft.ladder import candidates_for, climb, network_probe
-from regraft.probe import fit_head, judge
-from regraft.scores import Interval, paired_difference
+from regraft.probe import fit_head
+from regraft.scores import Interval
 from regraft.store import open_store
-from regraft.winner import decide
-from tables import classes, task_of
 
 DRAWN = Augment(crop=True, mix=True)
 STATED = Interval(0.5, 0.4, 0.6)
@@ -244,7 +234,8 @@ class Stubborn(tiny.Poor):
 
 
 def test_a_network_that_cannot_be_trained_leaves_the_probe(tmp_path):
-    run = regraft.fit(hard(tmp_path / "data"), Stubborn(), example=tiny.EXAMPLE, out=tmp_path / "run", budget="1trials")
+    data = tiny.write_pictures(tmp_path / "data", draw=tiny.tiles, each=20)
+    run = regraft.fit(data, Stubborn(), example=tiny.EXAMPLE, out=tmp_path / "run", budget="1trials")
     found = {a["name"]: a for a in run.record["ladder"]["attempts"]}
     assert found["top layers"]["status"] == "failed"
     assert "inplace operation" in found["top layers"]["reason"]
@@ -353,6 +344,18 @@ def test_another_runs_winner_that_cannot_be_trained_in_time_is_not_the_answer(gr
     assert again.winner.candidate.name == "top layers"
 
 
+def test_another_runs_winner_that_cannot_even_be_timed_here_does_not_end_the_climb(ground, monkeypatch):
+    made_known(ground, dict.fromkeys(NAMES, 1.0))
+
+    def refused(*_):
+        raise RuntimeError("no memory\nfor this")
+
+    monkeypatch.setattr(ladder, "fold_seconds", refused)
+    found = climbed(ground, "60s")
+    assert found.winner is None
+    assert [(a.status, a.reason) for a in found.attempts] == [("failed", "no memory")] * len(NAMES)
+
+
 @pytest.mark.parametrize(
     ("seconds", "sure", "folds"),
     [(3500, 30, [2, 3, 4]), (2400, 30, [2, 3]), (2400, 40, []), (1100, 30, []), (0, 30, [])],
@@ -416,399 +419,3 @@ def test_outcomes_are_never_those_of_another_task(ground, what):
     else:
         ground = replace(ground, numerics=replace(ground.numerics, kernels="others"))
     assert recalled(ground, candidate, list(folds_of(ground))) == {}
-
-
-# ---- judging -----------------------------------------------------------------------------------------------------
-
-N = 900
-TABLE = task_of(classes(N), seed=1)
-FOLDS = TABLE.folds[0]
-
-
-def bare():
-    """A ground of labels and folds alone, and a probe that is right for 6 of 10 pictures."""
-    task = replace(TABLE, folds=TABLE.folds[:1])
-    scores = torch.zeros(1, N, 3)
-    said = np.where(np.arange(N) % 5 < 3, task.labels, (task.labels + 1) % 3)
-    scores[0, torch.arange(N), torch.from_numpy(said)] = 1.0
-    return Ground(None, grounds.NUMERICS, None, task, {}), judge("probe", 1, (), 1.0, 2.0, scores, task)
-
-
-GROUND, PROBE = bare()
-TASK = GROUND.task
-
-
-def attempt(name, right, *, status="finished", folds=(0, 1, 2, 3, 4), seed=0, confident=2.0):
-    """An attempt whose answers are right for a share of the pictures of these folds."""
-    rng = np.random.default_rng(seed)
-    seen = np.isin(FOLDS, folds)
-    hits = np.where(seen, rng.permutation(N) < right * N, 0).astype(float)
-    losses = np.where(seen, np.where(hits > 0, np.exp(-confident), confident), 0)
-    gain = paired_difference(hits[seen], PROBE.fold_hits[0][seen].astype(float), TASK.groups[seen])
-    sharper = paired_difference(PROBE.losses[0][seen].astype(float), losses[seen], TASK.groups[seen])
-    told = Candidate(name, "something", "a", "b")
-    return Attempt(
-        told, status, "", tuple(folds), seen, hits, losses, np.zeros((N, 3)), 1, 1.0, gain=gain, sharper=sharper
-    )
-
-
-def decided(*attempts):
-    return decide(TASK, PROBE, STATED, attempts)
-
-
-def test_with_nothing_tried_the_probe_is_the_answer_with_its_stated_score():
-    assert decided() == (None, STATED, "")
-
-
-def test_where_none_wins_the_probe_is_the_answer_with_its_stated_score():
-    winner, score, reason = decided(attempt("a", 0.5), attempt("b", 0.55, seed=1))
-    assert (winner, score) == (None, STATED)
-    assert reason == "none of 2 candidates was better than the probe beyond the noise"
-
-
-def test_a_winner_is_better_beyond_the_noise_and_its_reason_says_by_how_much():
-    winner, score, reason = decided(attempt("a", 0.95))
-    assert winner.candidate.name == "a"
-    assert winner.gain.low > 0
-    assert reason.startswith("a: something; +35.0 points (+")
-    assert score.low < score.score <= 0.95
-    assert score.score == pytest.approx(0.95)
-
-
-def test_a_little_better_is_not_enough():
-    close = replace(attempt("a", 0.62), losses=PROBE.losses[0].astype(float))
-    assert close.gain.score > 0 > close.gain.low
-    assert decided(close)[0] is None
-
-
-def test_a_gain_in_log_loss_alone_wins_only_where_no_hit_is_lost():
-    hits = PROBE.fold_hits[0].astype(float)
-    losses = PROBE.losses[0].astype(float) - 0.1 - 0.01 * (np.arange(N) % 3)
-    better = replace(attempt("a", 0.6), hits=hits, losses=losses)
-    better = replace(better, gain=Interval(0, 0, 0))
-    assert decided(better)[0] is better
-    fewer = hits.copy()
-    fewer[np.flatnonzero(hits)[0]] = 0
-    assert decided(replace(better, hits=fewer))[0] is None
-
-
-def test_the_simpler_one_stays_unless_the_next_is_better_than_it():
-    first, second = attempt("simple", 0.9), attempt("complex", 0.905, seed=3)
-    assert decided(first, second)[0] is first
-    assert decided(second, first)[0] is second
-    assert decided(attempt("simple", 0.75), attempt("complex", 0.98, seed=2))[0].candidate.name == "complex"
-
-
-@pytest.mark.parametrize("status", ["failed", "stopped", "skipped"])
-def test_what_did_not_come_to_its_end_never_wins(status):
-    assert decided(attempt("a", 0.99, status=status))[0] is None
-    good = attempt("b", 0.9, seed=3)
-    assert decided(attempt("a", 0.99, status=status), good)[0] is good
-
-
-def test_an_attempt_on_some_folds_is_compared_there_alone():
-    part = attempt("part", 0.95, status="unfinished", folds=(0, 1))
-    winner, score, _ = decided(part)
-    assert winner is part
-    assert score.score == pytest.approx(part.hits[part.seen].mean(), abs=0.05)
-    width = score.high - score.low
-    whole = decided(attempt("whole", 0.95))[1]
-    assert width > whole.high - whole.low
-    unlucky = replace(part, hits=np.zeros(N), losses=np.where(part.seen, 3.0, 0))
-    assert decided(unlucky)[0] is None
-
-
-def test_an_attempt_on_few_pictures_of_the_first_folds_never_wins():
-    assert decided(attempt("part", 0.99, status="unfinished", folds=(0,)))[0] is None
-
-
-def test_the_stated_score_is_nested_each_fold_is_answered_by_what_wins_on_the_others():
-    rivals = [attempt(f"{i}", 0.72, seed=i, confident=1.2) for i in range(12)]
-    winner, score, _ = decided(*rivals)
-    assert winner is not None
-    hits = np.zeros(N)
-    for fold in range(5):
-        inside = fold == FOLDS
-        blind = [
-            replace(
-                a,
-                hits=np.where(inside, 0.5, a.hits),
-                losses=np.where(inside, 0, a.losses),
-                seen=~inside,
-                folds=tuple(f for f in range(5) if f != fold),
-            )
-            for a in rivals
-        ]
-        chosen = decide(TASK, PROBE, STATED, blind)[0]
-        known = next((a for a in rivals if chosen and a.candidate == chosen.candidate), None)
-        hits[inside] = known.hits[inside] if known else PROBE.fold_hits[0, inside]
-    assert score.score == pytest.approx(hits.mean())
-
-
-def outcomes(right, epochs=2, folds=range(5), seed=0):
-    rng = np.random.default_rng(seed)
-    labels = TASK.labels
-    said = np.where(rng.random(N) < right, labels, (labels + 1) % 3)
-    rows = (2.0 * np.eye(3)[said] + rng.normal(0, 0.2, (N, 3))).astype(np.float32)
-    return {f: np.stack([rows[f == FOLDS]] * epochs) for f in folds}
-
-
-def judged_on(found, status="finished"):
-    return judged(GROUND, PROBE, Candidate("a", "", "a", "b"), found, (status, ""), 1.0, 0.0)
-
-
-def test_an_attempt_is_judged_on_the_folds_it_has_seen():
-    whole, part = judged_on(outcomes(0.9)), judged_on(outcomes(0.9, folds=(1, 3)))
-    assert whole.seen.all()
-    assert np.array_equal(part.seen, np.isin(FOLDS, (1, 3)))
-    assert not part.hits[~part.seen].any()
-    assert not part.losses[~part.seen].any()
-    assert not part.logits[~part.seen].any()
-    assert whole.hits.mean() > 0.75
-    told = part.to_json()
-    assert told["folds"] == [1, 3]
-    assert told["score"] == part.hits[part.seen].mean()
-    json.dumps(told, allow_nan=False)
-
-
-def test_epoch_and_share_are_those_of_the_least_log_loss():
-    found = {f: np.concatenate([rows[:1] * 0, rows[:1], -rows[:1]]) for f, rows in outcomes(0.97).items()}
-    assert judged_on(found).epochs == 2
-
-
-def test_nothing_seen_is_no_score():
-    nothing = judged_on({}, "skipped")
-    assert not nothing.seen.any()
-    assert nothing.to_json()["score"] is None
-
-
-def test_an_epoch_that_went_out_of_bounds_is_not_chosen():
-    found = outcomes(0.95, epochs=3)
-    for rows in found.values():
-        rows[2] = np.nan
-    answer = judged_on(found)
-    assert answer.epochs in (1, 2)
-    assert np.isfinite(answer.losses).all()
-    json.dumps(answer.to_json(), allow_nan=False)
-
-
-# ---- the whole job -----------------------------------------------------------------------------------------------
-
-
-def fit(data, out, **options):
-    options = {"budget": "2trials", **options}
-    return regraft.fit(data, tiny.Poor(), example=tiny.EXAMPLE, out=out, **options)
-
-
-def hard(root, each=20):
-    return tiny.write_pictures(root, draw=tiny.tiles, each=each)
-
-
-def probabilities(model, pictures):
-    return [dict(p.ranked) for p in model.predict(pictures)]
-
-
-@pytest.fixture(scope="module")
-def won(tmp_path_factory):
-    """A run whose fine-tuned candidate won, its pictures and its store."""
-    place = tmp_path_factory.mktemp("won")
-    hard(place / "data" / "train")
-    tiny.write_pictures(place / "data" / "test", draw=tiny.tiles, each=6, seed=1)
-    store = open_store(place / "store")
-    return fit(place / "data", place / "run", store=store), place / "data", store
-
-
-def test_pictures_that_need_fine_tuning_get_it_and_the_record_says_what_was_tried(won):
-    run, _, _ = won
-    found = run.record["ladder"]
-    status = {a["name"]: a["status"] for a in found["attempts"]}
-    assert status["scratch"] == "finished"
-    assert found["winner"] == run.record["chosen"]["name"] == "scratch"
-    assert found["reason"].startswith("scratch: a small network from random weights")
-    assert run.record["chosen"]["score"]["score"] > found["probe"]["score"]
-
-
-def test_a_record_in_memory_is_the_one_on_the_disk(won):
-    run, _, _ = won
-    assert json.loads((run.folder / "record.json").read_bytes()) == run.record
-
-
-def test_a_picture_has_the_same_probabilities_whatever_stands_beside_it(won):
-    run, data, _ = won
-    paths = sorted((data / "test").rglob("*.png"))
-    together = probabilities(run.model, paths)
-    assert [probabilities(run.model, [path])[0] for path in paths] == together
-    assert probabilities(run.model, paths[::-1])[::-1] == together
-    assert len({max(p, key=p.get) for p in together}) > 1
-
-
-LOADED = """
-import json, sys
-import torch
-torch.set_num_threads(1)
-import tiny
-from regraft.artifact import load_model
-model = load_model(sys.argv[1], backbone=tiny.Poor())
-print(json.dumps([dict(model.predict(sys.argv[2:])[-1].ranked), dict(model.predict(sys.argv[-1:])[0].ranked)]))
-"""
-
-
-def test_a_winner_loads_in_a_fresh_process_and_answers_as_it_did_in_memory(won):
-    run, data, _ = won
-    paths = sorted((data / "test").rglob("*.png"))[:5]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", LOADED, str(run.folder), *map(str, paths)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
-    expected = probabilities(run.model, paths)[-1]
-    assert json.loads(done.stdout) == [expected, expected]
-
-
-def test_a_finished_run_with_a_winner_is_given_back_and_a_new_one_computes_no_pass(won, tmp_path):
-    run, data, store = won
-    again = fit(data, run.folder, store=store)
-    assert again.record["forward_passes"] == 0
-    assert again.record["ladder"] == json.loads((run.folder / "record.json").read_bytes())["ladder"]
-    anew = fit(data, tmp_path / "anew", store=store)
-    assert anew.record["forward_passes"] == 0
-    for name in ("model.safetensors", "model.json"):
-        assert (anew.folder / name).read_bytes() == (run.folder / name).read_bytes()
-    paths = sorted((data / "test").rglob("*.png"))
-    assert probabilities(again.model, paths) == probabilities(run.model, paths) == probabilities(anew.model, paths)
-
-
-def test_a_run_whose_time_is_over_when_it_is_resumed_ends_with_the_best_that_it_had_tried(won, tmp_path):
-    _, data, store = won
-    first = fit(data, tmp_path / "run", budget="9h", store=store)
-    assert first.record["ladder"]["winner"] == "scratch"
-    for left in [path for path in first.folder.iterdir() if path.name != "record.json"]:
-        left.unlink()
-    record = {"status": "running", "options": first.record["options"], "spent": 9 * 3600 + 1.0}
-    (first.folder / "record.json").write_text(json.dumps(record))
-    again = fit(data, first.folder, budget="9h", store=store)
-    assert again.record["ladder"]["winner"] == "scratch"
-    assert again.record["forward_passes"] == 0
-
-
-def test_checkpoints_that_a_kill_left_in_a_finished_run_are_removed(won):
-    run, data, store = won
-    left = run.folder / "checkpoints" / "epoch-00001-00.safetensors"
-    left.parent.mkdir()
-    left.write_bytes(b"left")
-    fit(data, run.folder, store=store)
-    assert not left.parent.exists()
-
-
-@pytest.mark.slow
-def test_a_new_store_comes_to_the_same_model(won, tmp_path):
-    run, data, _ = won
-    anew = fit(data, tmp_path / "anew", store=open_store(tmp_path / "new"))
-    assert anew.record["forward_passes"] == run.record["forward_passes"] > 60
-    assert (anew.folder / "model.safetensors").read_bytes() == (run.folder / "model.safetensors").read_bytes()
-
-
-def test_a_damaged_trained_part_is_refused(won, tmp_path):
-    run, _, _ = won
-    for name in ("model.json", "model.safetensors"):
-        (tmp_path / name).write_bytes((run.folder / name).read_bytes())
-    content = bytearray((tmp_path / "model.safetensors").read_bytes())
-    content[-3] ^= 1
-    (tmp_path / "model.safetensors").write_bytes(content)
-    with pytest.raises(ArtifactError, match=r"model\.safetensors"):
-        load_model(tmp_path, backbone=tiny.Poor())
-
-
-def test_no_trials_stop_at_the_curve(tmp_path):
-    run = fit(hard(tmp_path / "data"), tmp_path / "run", budget="0trials")
-    assert {a["status"] for a in run.record["ladder"]["attempts"]} == {"skipped"}
-    assert run.record["ladder"]["winner"] is None
-    assert run.record["chosen"]["name"] == run.record["curve"]["recommended"]
-    assert run.record["forward_passes"] == 60
-    assert run.model.tuned is None
-
-
-@pytest.mark.slow
-def test_three_trials_are_tried_in_order_and_the_whole_repeats(tmp_path):
-    data = hard(tmp_path / "data")
-    run = fit(data, tmp_path / "run", budget="3trials")
-    assert "skipped" not in [a["status"] for a in run.record["ladder"]["attempts"]]
-    anew = fit(data, tmp_path / "anew", budget="3trials")
-    assert anew.record["forward_passes"] == 0
-    assert (anew.folder / "model.safetensors").read_bytes() == (run.folder / "model.safetensors").read_bytes()
-    torch.set_num_threads(2)  # folds side by side, a thread each; the final fit, which has both, sums in another order
-    try:
-        aside = fit(data, tmp_path / "aside", budget="3trials", store=open_store(tmp_path / "another"))
-    finally:
-        torch.set_num_threads(1)
-    assert aside.record["forward_passes"] > 0
-    for key in ("winner", "reason"):
-        assert aside.record["ladder"][key] == run.record["ladder"][key]
-    gains = [[(a["name"], a["gain"], a["epochs"]) for a in r.record["ladder"]["attempts"]] for r in (run, aside)]
-    assert gains[0] == gains[1]
-
-
-# ---- kills -------------------------------------------------------------------------------------------------------
-
-
-def command_kill(place, kills, seed, budget):
-    """Kill fits at random moments, the same run again each time, to its end; prints what came of it as JSON."""
-    rng, data = random.Random(seed), place / "data"
-    for name in ("cold", "whole"):
-        begun = time.perf_counter()
-        whole = (
-            fit(data, place / name, store=open_store(place / "stores" / name), budget=budget).folder
-            / "model.safetensors"
-        )
-        longest = time.perf_counter() - begun
-    counts = {"kills": 0, "finished": 0, "other": 0, "left": 0, "checkpoints": 0}
-    run = 0
-    while counts["kills"] < kills:
-        out, store = place / f"run{run}", place / "stores" / f"{run}"
-        child = os.fork()
-        if child == 0:
-            fit(data, out, store=open_store(store), budget=budget)
-            os._exit(0)
-        end = time.perf_counter() + rng.uniform(0.05, 0.95) * longest
-        in_the_final_fit = rng.random() < 0.4
-        while time.perf_counter() < end + in_the_final_fit * longest:
-            if in_the_final_fit and list(out.glob("checkpoints/*/epoch-*")):
-                break
-            time.sleep(0.001)
-        os.kill(child, signal.SIGKILL)
-        _, status = os.waitpid(child, 0)
-        counts["kills" if os.WIFSIGNALED(status) else "finished"] += 1
-        counts["checkpoints"] += bool(list(out.glob("checkpoints/*/epoch-*")))
-        if not os.WIFSIGNALED(status) or rng.random() < 0.4 or counts["kills"] == kills:
-            done = fit(data, out, store=open_store(store), budget=budget)
-            counts["other"] += (done.folder / "model.safetensors").read_bytes() != whole.read_bytes()
-            counts["left"] += (done.folder / "checkpoints").exists()
-            run += 1
-    print(json.dumps(counts))
-
-
-def killed(tmp_path, kills, seed, budget):
-    hard(tmp_path / "data")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, __file__, str(tmp_path), str(kills), str(seed), budget]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
-    assert done.returncode == 0, done.stderr
-    counts = json.loads(done.stdout)
-    print(counts)
-    return counts
-
-
-def test_a_run_killed_3_times_ends_with_the_same_model(tmp_path):
-    counts = killed(tmp_path, 3, 2, "1trials")
-    assert (counts["other"], counts["left"]) == (0, 0)
-
-
-@pytest.mark.slow
-def test_a_run_killed_20_times_ends_with_the_same_model(tmp_path):
-    counts = killed(tmp_path, 20, 1, "2trials")
-    assert counts["checkpoints"] > 0  # some were hit in the final fit
-    assert (counts["other"], counts["left"]) == (0, 0)
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    command_kill(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])

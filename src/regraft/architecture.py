@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from regraft.errors import BackboneError
+from regraft.errors import BackboneError, first_line
 from regraft.networks.torchvision_ops import declare_missing_operators
 from regraft.preprocess import PreprocessSpec, plain_spec
 
@@ -140,7 +140,7 @@ def with_pictures(module: nn.Module, shape: tuple[int, ...] | None = None) -> tu
                 with torch.no_grad():
                     taken(torch.zeros(2, channels, height, width))
             except Exception as e:  # whatever a network raises for pictures it cannot take
-                reason = f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"
+                reason = first_line(e, kind=True)
             else:
                 return taken.eval(), (channels, height, width)
     raise BackboneError(

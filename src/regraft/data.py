@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from regraft.errors import DataError, PictureError
+from regraft.errors import DataError, PictureError, first_line
 from regraft.files import digest, digest_json
 from regraft.folders import SPLIT_FOLDERS, LeftOut, Split, find_in_folders, listed, pictures_below
 from regraft.pictures import Picture, decode, from_array
@@ -218,8 +218,7 @@ def open_picture(item: Any, *, where: str) -> Raw:
     try:
         array = np.ascontiguousarray(_samples(item))
     except Exception as e:  # an image of PIL that is read only now, or ragged lists
-        words = str(e).partition("\n")[0].rstrip(".")
-        raise PictureError(f"{printable(where)} cannot be read: {words}.") from e
+        raise PictureError(f"{printable(where)} cannot be read: {first_line(e)}.") from e
     if array.dtype.hasobject:
         raise PictureError(f"{printable(where)} must be a path, the bytes of a file or an array of numbers.")
     header = f"{array.dtype.str}{array.shape}".encode()
@@ -310,9 +309,8 @@ def _arrays_of(path: Path, *wanted: str) -> tuple[dict[str, np.ndarray], str]:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             return {n: stored[n] for n in wanted if n in stored.files}, ", ".join(stored.files) or "nothing"
     except Exception as e:  # np.load lets the errors of zip, zlib and its own header parser through
-        words = str(e).partition("\n")[0].rstrip(".") or type(e).__name__
         raise DataError(
-            f"{printable(str(path))} must be a .npz file of plain arrays, and cannot be read: {words}."
+            f"{printable(str(path))} must be a .npz file of plain arrays, and cannot be read: {first_line(e)}."
         ) from e
 
 

@@ -60,3 +60,13 @@ class ArtifactError(RegraftError):
 
 class RunError(RegraftError):
     """A run directory holds another run than the one asked for."""
+
+
+def first_line(error: BaseException, *, kind: bool = False) -> str:
+    """What an error of a library says, as a clause without the traces below it; its type where it says nothing.
+
+    kind: the type goes before what it says.
+    """
+    words = str(error).strip().partition("\n")[0].rstrip(". ")
+    name = type(error).__name__
+    return f"{name}: {words}" if kind and words else words or name

@@ -12,10 +12,11 @@ import torch
 from regraft.artifact import TransferModel, assemble
 from regraft.attempts import Attempt
 from regraft.data import Dataset
+from regraft.errors import first_line
 from regraft.files import digest_json
 from regraft.finetune import Ground, fit_all, plot_of
 from regraft.heads import Head
-from regraft.ladder import SLOWER, UNTRAINABLE, Climb, Say, first_line, maps_of, network_probe
+from regraft.ladder import SLOWER, UNTRAINABLE, Climb, Say, maps_of, network_probe
 from regraft.maps import Maps
 from regraft.probe import fit_head
 from regraft.scores import Interval

@@ -23,10 +23,9 @@ from regraft.candidates import LITTLE, Candidate
 from regraft.costs import picture_seconds
 from regraft.data import Dataset, subset
 from regraft.depth_curve import Curve
-from regraft.errors import DataError, RegraftError
+from regraft.errors import DataError, RegraftError, first_line
 from regraft.files import write_atomic
 from regraft.heads import INPUT
-from regraft.ladder import first_line
 from regraft.numerics import Numerics
 from regraft.preprocess import PreprocessSpec, Resize
 from regraft.probe import Trial

@@ -27,7 +27,7 @@ from regraft.augment import Augment
 from regraft.budget import Budget
 from regraft.candidates import Candidate, Place, beside_the_input, shortened, worth_trying
 from regraft.costs import fold_seconds, map_seconds, workers
-from regraft.errors import BackboneError, CutError, TrainingError
+from regraft.errors import BackboneError, CutError, TrainingError, first_line
 from regraft.finetune import STORED, Ground, plot_of, stored_of, train_fold, trained_on, trains_in_bfloat16
 from regraft.frozen import freeze_lower
 from regraft.graph import find_cut, shares_above
@@ -175,7 +175,11 @@ def _decided(
         rung = next((r for r, a in zip(rungs, found, strict=True) if a is decided[0]), None)
         if rung is None or rung.seconds or way.budget.spent or not rung.candidate.epochs or way.left() == float("inf"):
             return found, decided
-        needed = SPARE * (_final(way, rung) + _preparing(way, rung))
+        try:
+            needed = SPARE * (_final(way, rung) + _preparing(way, rung))
+        except UNTRAINABLE as e:
+            rung.ended = ("failed", first_line(e))
+            continue
         if needed <= way.left():
             return found, decided
         says = f"known from another run, and training it on all pictures would take about {needed:.0f} s"
@@ -293,11 +297,6 @@ def _advance(way: _Way, rung: _Rung, folds: Sequence[int], rungs: Sequence[_Rung
     except UNTRAINABLE as e:
         rung.ended = ("failed", first_line(e))
     rung.seconds += time.monotonic() - started
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, without the traces that torch hangs below it."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def _settled(way: _Way, rung: _Rung, folds: Sequence[int], rungs: Sequence[_Rung], later: int) -> list[int]:

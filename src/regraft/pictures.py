@@ -20,7 +20,7 @@ import numpy.typing as npt
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
-from regraft.errors import PictureError
+from regraft.errors import PictureError, first_line
 from regraft.picture_files import MAX_PIXELS, Container, Damaged, check_rows, find_format, read_container
 
 __all__ = ["MAX_PIXELS", "SUFFIXES", "Picture", "decode", "from_array"]
@@ -116,8 +116,7 @@ def _reason(error: Exception) -> str:
         return "it ends early"
     if isinstance(error, UnidentifiedImageError):
         return "its header makes no sense"
-    words = str(error).strip().partition("\n")[0].rstrip(".")[:200]
-    return f"its decoder says '{words or type(error).__name__}'"
+    return f"its decoder says '{first_line(error)[:200]}'"
 
 
 def _jpeg_pixels(data: bytes, container: Container) -> tuple[Pixels, None, tuple[str, ...]]:

@@ -21,7 +21,7 @@ from typing import Any
 
 import click
 
-from regraft.errors import RegraftError
+from regraft.errors import RegraftError, first_line
 from regraft.printable import printable
 
 INTERRUPTED, TERMINATED = 130, 143
@@ -69,8 +69,7 @@ def sentence(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         place = f" at {os.fsdecode(error.filename)}" if error.filename else ""
         return f"The system refused an operation{place}: {error.strerror}."
-    words = str(error).strip().partition("\n")[0].rstrip(".")
-    return f"An unforeseen {type(error).__name__} came up ({words}): --debug shows where; please report it."
+    return f"An unforeseen {type(error).__name__} came up ({first_line(error)}): --debug shows where; please report it."
 
 
 def to_stderr(text: str) -> None:

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import fx, nn
 
-from regraft.errors import TraceError
+from regraft.errors import TraceError, first_line
 from regraft.graph.kept import kept, put_back
 from regraft.graph.twins import twin
 
@@ -101,7 +101,9 @@ def observe(
         except Exception as e:  # the operations of any network
             if one.varies == "size":
                 continue
-            raise TraceError(f"{type(module).__name__} cannot be run one operation at a time: {_first_line(e)}.") from e
+            raise TraceError(
+                f"{type(module).__name__} cannot be run one operation at a time: {first_line(e, kind=True)}."
+            ) from e
         if one.varies in ("", "mode"):
             _require_equal(one, output, type(module).__name__)
         watchers.append(watcher)
@@ -132,7 +134,7 @@ def _plan(module: nn.Module, example: torch.Tensor) -> Iterator[Pass]:
     except Exception as e:  # any network may raise anything
         raise TraceError(
             f"{type(module).__name__} must take a batch of 2 like the example, of shape {tuple(x.shape)}; "
-            f"it raised {_first_line(e)}."
+            f"it raised {first_line(e, kind=True)}."
         ) from e
     yield Pass(x, output, "")
     yield Pass(_like(example, 3), None, "batch")
@@ -311,8 +313,3 @@ def _dice(inputs: list[tuple[str, torch.Tensor]]) -> tuple[bytes, ...]:
     devices = {t.device for _, t in inputs if t.is_cuda}
     states = [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in devices)]
     return tuple(state.numpy().tobytes() for state in states)
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0].rstrip('.')}" if lines else type(error).__name__

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from regraft.errors import BackboneError
+from regraft.errors import BackboneError, first_line
 from regraft.networks.hf_processor import spec_of_processor
 from regraft.networks.torchvision_ops import declare_missing_operators
 from regraft.preprocess import PreprocessSpec
@@ -222,8 +222,8 @@ def _with_weights(kind: Any, config: Any, folder: Path) -> nn.Module:
             )
     except Exception as e:  # of unpicklers, of safetensors, of transformers
         raise BackboneError(
-            f"The weights in {folder} must be whole and those of {kind.__name__}; {_first_line(e)}: download them "
-            "again."
+            f"The weights in {folder} must be whole and those of {kind.__name__}; {first_line(e, kind=True)}: "
+            "download them again."
         ) from e
     for tensor in [*module.parameters(), *module.buffers()]:
         tensor.data = (
@@ -334,7 +334,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as e:
-        raise BackboneError(f"{path} must be a JSON file; {_first_line(e)}: download it again.") from e
+        raise BackboneError(f"{path} must be a JSON file; {first_line(e, kind=True)}: download it again.") from e
     if not isinstance(values, dict):
         raise BackboneError(f"{path} must hold a JSON object; found {type(values).__name__}: download it again.")
     return values
@@ -371,9 +371,6 @@ def _quiet() -> Iterator[None]:
 
 
 def _no_network(where: str, error: Exception) -> BackboneError:
-    return BackboneError(f"{where} must describe a network that transformers can build; {_first_line(error)}.")
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0].rstrip('.')}" if lines else type(error).__name__
+    return BackboneError(
+        f"{where} must describe a network that transformers can build; {first_line(error, kind=True)}."
+    )

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from regraft.errors import ReaderError
+from regraft.errors import ReaderError, first_line
 from regraft.operations import INPUT, Operations
 from regraft.printable import printable
 from regraft.readers.onnx.activations import ACTIVATION_STEPS
@@ -170,7 +170,7 @@ def _run(reading: _Reading, proto: Any) -> None:
     except ReaderError:
         raise
     except (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as e:
-        raise _refused(reading, proto, printable(str(e).split("\n")[0])[:200]) from e
+        raise _refused(reading, proto, printable(first_line(e))[:200]) from e
     for name, value in zip(proto.output, results, strict=False):
         if name and value is not None:
             alone = reading.uses[name] < 2

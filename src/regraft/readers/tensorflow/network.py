@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 
-from regraft.errors import ReaderError
+from regraft.errors import ReaderError, first_line
 from regraft.operations import INPUT, Operations
 from regraft.printable import printable
 from regraft.readers.onnx.steps import Known, Live, Value, Writer, safe_name
@@ -347,7 +347,7 @@ def _pruned(writer: Writer, last: str) -> tuple[Operations, dict[str, torch.Tens
 
 
 def _refused(source: Source, node: GraphNode, why: Exception) -> ReaderError:
-    reason = printable(str(why).split("\n")[0][:200]) or type(why).__name__
+    reason = printable(first_line(why)[:200])
     return ReaderError(
         f"The graph of {source.path} must be one that regraft can follow; the step {printable(node.name)!r} does "
         f"{printable(node.op)} ({reason}): export the network for inference, or up to the step before it."
