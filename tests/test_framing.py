@@ -221,7 +221,7 @@ def test_of_many_pictures_that_cannot_be_judged_the_reason_is_told(tmp_path, sma
     dataset = load_data(written(tmp_path / "data"))
     budget = budget_from("9trials")
     found = frame(dataset, network(), refused, budget, NUMERICS, seed=0, tested=0, notes=tmp_path / "notes.json")
-    assert [(a.status, a.reason) for a in found.attempts] == [("failed", "There must be more.")] * 2
+    assert [(a.status, a.reason) for a in found.attempts] == [("failed", "There must be more")] * 2
     assert found.curve is None
 
 
