@@ -252,28 +252,25 @@ def fit(
         ground = Ground(network, found.numerics, found.bench, found.task, trials, seed, balanced, clipping)
         head = fit_head(found.bench, found.task, found.choice.trial)
         probed = assemble(network, head, dataset.labels, found.numerics)
-        seconds["head"] = time.perf_counter() - at
-        at = time.perf_counter()
+        at = _lap(seconds, "head", at)
 
         stated = found.choice.score
         reserve = seconds_after(probed, tested) if spent.seconds else 0.0
         drawn, asked = _augmentation(ground, augment, spent)
         with memory_kept():
             climbed = climb(ground, found.choice.trial, stated, spent, drawn, reserve=reserve, tested=count, say=say)
-            seconds["search"] = time.perf_counter() - at
-            at = time.perf_counter()
+            at = _lap(seconds, "search", at)
             model, climbed = grown(ground, climbed, stated, probed, folder / CHECKPOINTS, say)
         facts = {"score": asdict(climbed.score), "agreement": found.agreement, "examples": len(found.task.labels)}
         if model.tuned is not None:
             facts["classes_of"] = sorted({found.table.ids[i] for i in found.bench.chosen})
         save_model(model, network, folder, facts)
-        seconds["final"] = time.perf_counter() - at
-        at = time.perf_counter()
+        at = _lap(seconds, "final", at)
         # What is reported is what is saved: the file is read back and judged as `predict` runs it.
         saved = load_model(folder, backbone=_given(network), device=device)
         tell = partial(say, "testing the saved model")
         evaluation = evaluate_model(saved, tested, tell) if tested else None
-        seconds["test"] = time.perf_counter() - at
+        _lap(seconds, "test", at)
         seconds["total"] = spent.elapsed()
         record = record_of(options, dataset, tested, found, climbed, evaluation, seconds)
         record["forward_passes"] += asked + framed.forward_passes
@@ -347,6 +344,13 @@ def _weights_now(backbone: str | nn.Module | Backbone, seed: int, weights: Weigh
     if not isinstance(backbone, str) or not os.path.exists(backbone):
         return None
     return load_backbone(backbone, seed=seed, **weights).source.weights
+
+
+def _lap(seconds: dict[str, float], stage: str, since: float) -> float:
+    """Note what a stage took since then, and return the time now."""
+    now = time.perf_counter()
+    seconds[stage] = now - since
+    return now
 
 
 def _spent(folder: Path) -> float:
