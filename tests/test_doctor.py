@@ -6,12 +6,14 @@ import json
 import shutil
 
 import pytest
+import torch
+from torch import nn
 
 import regraft
 import tiny
 from conftest import regraft as command
 from regraft import recipe
-from regraft.errors import DataError, RunError
+from regraft.errors import BackboneError, DataError, RunError
 from regraft.recipe import doctor
 from regraft.store import open_store
 
@@ -50,6 +52,34 @@ def test_a_run_on_a_module_given_in_python_is_examined_and_the_module_stays_as_i
     assert health.batches >= 1
     assert all((t == before[name]).all() for name, t in module.state_dict().items())
     assert json.loads((run.folder / "record.json").read_text())["health"]["batches"] == health.batches
+
+
+def test_layers_that_keep_what_they_derived_from_their_weights_are_examined(tmp_path):
+    module = tiny.TinyNet()
+    module.stem.insert(0, tiny.Keeping(3))
+    run = fitted(tmp_path, module)
+    assert doctor(run.folder, backbone=module).batches == 2
+
+
+class Overwriting(nn.Module):
+    """Changes a tensor that the way back needs: torch runs it forward, and refuses to go back through it."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_forward_hook(lambda *_: None)  # is kept in one piece, and so writes in place
+
+    def forward(self, x):
+        y = torch.exp(0.1 * x)
+        y *= 2
+        return y
+
+
+def test_a_network_without_a_way_back_gets_one_sentence(tmp_path):
+    module = tiny.TinyNet()
+    module.stem.append(Overwriting())
+    run = fitted(tmp_path, module)
+    with pytest.raises(BackboneError, match="must find their way back through the network"):
+        doctor(run.folder, backbone=module)
 
 
 def test_what_cannot_be_examined_gets_one_sentence(tmp_path):

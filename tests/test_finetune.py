@@ -199,6 +199,21 @@ def test_the_final_fit_learns_from_all_and_ends_at_its_epoch(tmp_path, ground):
     assert newest == {"a": "epoch-00004", "b": "epoch-00002"}
 
 
+def test_layers_that_keep_what_they_derived_from_their_weights_derive_it_anew_after_every_step(tmp_path, data):
+    module = tiny.Poor()
+    module.block.append(tiny.Keeping(3))
+    ground = grounds.ground_of(data, load_backbone(module, example=tiny.EXAMPLE))
+    assert np.isfinite(trained(ground)).all()
+    whole, maps = fitted(ground, TUNE, tmp_path / "run"), maps_of(ground, TUNE, quiet)
+    (weight,) = [t for name, t in whole.state_dict().items() if name.endswith("block.2.weight")]
+    assert not torch.equal(weight, torch.ones(3, 1, 1))
+    fresh = begin(ground, TUNE, np.arange(len(ground.task.labels)))
+    fresh.load_state_dict(whole.state_dict())
+    rows = np.arange(8)
+    assert np.array_equal(logits_of(whole, maps, rows, "cpu"), logits_of(fresh, maps, rows, "cpu"))
+    assert run_tuned(whole, maps.batch(rows, 0 * rows)).numpy().tolist() == logits_of(fresh, maps, rows, "cpu").tolist()
+
+
 @pytest.mark.parametrize("candidate", [TUNE, replace(TUNE, opens=("mean",))], ids=["one", "stages"])
 @pytest.mark.parametrize("step", [0, 2, 3, 5])
 def test_a_final_fit_that_is_interrupted_ends_with_the_same_bits(tmp_path, ground, candidate, step):

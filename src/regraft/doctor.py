@@ -19,11 +19,12 @@ from regraft.artifact import TransferModel
 from regraft.backbone import Backbone
 from regraft.cut import lower_at
 from regraft.data import Dataset, read
-from regraft.errors import DataError, PictureError
+from regraft.errors import BackboneError, DataError, PictureError, first_line
 from regraft.frozen import pooled
 from regraft.graph import find_cut
 from regraft.nn import Health, watch
 from regraft.preprocess import fit_to_size, normalise
+from regraft.tuned import renew
 
 PICTURES = 32
 BATCH = 16
@@ -33,17 +34,27 @@ def examine(model: TransferModel, backbone: Backbone | None, dataset: Dataset, *
     """Figures of the reused and the trained layers on up to 32 pictures drawn from `seed`, float32.
 
     backbone: None where the model reuses none of its layers. Raises DataError where no picture of a class that the
-    model knows can be read.
+    model knows can be read, BackboneError where torch finds no way back through the network.
     """
     whole = _Whole(model, backbone).eval().requires_grad_(True)
     with watch(whole.lower if whole.lower and not model.tuned else whole, in_evaluation=True) as watched:
         for pixels, small, labels in _batches(model, dataset, seed):
-            logits = whole(pixels, small)
-            centred = logits - logits.mean(1, keepdim=True)
-            # Of unit size: a head that is sure of its own pictures would tell the layers nothing.
-            F.cross_entropy(centred / centred.detach().square().mean().sqrt().clamp(min=1e-12), labels).backward()  # type: ignore[no-untyped-call]
+            try:
+                _there_and_back(whole, pixels, small, labels)
+            except RuntimeError as e:
+                raise BackboneError(
+                    f"Gradients must find their way back through the network to be judged; torch says: {first_line(e)}."
+                ) from e
             whole.zero_grad(set_to_none=True)
+            renew(whole)
         return watched.health()
+
+
+def _there_and_back(whole: _Whole, pixels: torch.Tensor, small: torch.Tensor, labels: torch.Tensor) -> None:
+    logits = whole(pixels, small)
+    centred = logits - logits.mean(1, keepdim=True)
+    # Of unit size: a head that is sure of its own pictures would tell the layers nothing.
+    F.cross_entropy(centred / centred.detach().square().mean().sqrt().clamp(min=1e-12), labels).backward()  # type: ignore[no-untyped-call]
 
 
 class _Whole(nn.Module):

@@ -28,7 +28,7 @@ from regraft.nn import Clipping
 from regraft.numerics import Numerics
 from regraft.probe import Bench, Task, Trial, fit_head, narrowed, next_start, probe_several
 from regraft.training import Checkpoints, Diverged, Halted, Plan, Stage, batches_of, shuffled, train
-from regraft.tuned import PICTURE, SMALL, Grown, Plot, batch_norms, grow, run_tuned, stage_names
+from regraft.tuned import PICTURE, SMALL, Grown, Plot, batch_norms, grow, renew, run_tuned, stage_names
 
 SEVERAL = 4
 """The cuts that the output layer of a candidate reads at most."""
@@ -132,6 +132,7 @@ def fit_all(
     module = begin(ground, candidate, np.arange(len(ground.task.labels)))
     rows = np.arange(len(ground.task.labels))
     _train(ground, candidate, module, maps, rows, slower, halt, lambda epoch: epoch + 1 >= epochs, checkpoints(module))
+    renew(module)
     return module.eval().requires_grad_(False)
 
 
@@ -186,6 +187,7 @@ def logits_of(
     Raises Halted soon after `halt` says so.
     """
     mode = [norm for norm in batch_norms(module) if norm.training]
+    renew(module)
     module.eval()
     parts = []
     for i in range(0, len(rows), JUDGED_AT_ONCE):

@@ -79,6 +79,8 @@ class Grown(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Logits float32 (n, classes) of maps float32 (n, *shape), or of pictures uint8 (n, C, H, W)."""
+        if torch.is_grad_enabled():
+            renew(self.body)
         seen = self.seen(x)
         with torch.autocast(x.device.type, enabled=False):
             logits: torch.Tensor = self.top(seen)
@@ -161,6 +163,17 @@ def run_tuned(module: Grown, x: torch.Tensor) -> torch.Tensor:
             # The last bits of a row of a matrix product can depend on its place and on where it lies in memory.
             out += [module.top(row.clone().unsqueeze(0)).float().cpu() for row in module.seen(full)[: len(rows)]]
     return torch.cat(out)
+
+
+def renew(module: nn.Module) -> None:
+    """Make layers forget what they derived from their weights: LeViT keeps its attention biases while in evaluation.
+
+    They forget where training begins; the mode of every layer stays as it is.
+    """
+    modes = [(layer, layer.training) for layer in module.modules()]
+    module.train()
+    for layer, training in modes:
+        layer.training = training
 
 
 def scaled(module: Grown, factor: float) -> None:
