@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import socket
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch import nn
 
 from regraft.architecture import stated_or_found
 from regraft.backbone import Backbone, load_backbone, rebuild, weights_digest
-from regraft.errors import BackboneError, TraceError
+from regraft.errors import BackboneError, CutError, TraceError
 from regraft.preprocess import normalise, plain_spec
 from tiny import EXAMPLE, TinyNet
 
@@ -337,3 +338,26 @@ def test_norms_on_the_input_tell_by_their_statistics() -> None:
     module.norm.running_mean.fill_(120.0)
     module.norm.running_var.fill_(3600.0)
     assert stated_or_found(None, module, (3, 16, 16)).std == (1 / 255,) * 3
+
+
+class Parallel(nn.Module):
+    """Two branches from the input to the output: nowhere is a single tensor alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.left(x) + self.right(x)
+
+
+@pytest.mark.parametrize("module", [nn.Conv2d(3, 4, 3), Parallel(), nn.Identity()], ids=["layer", "branches", "nothing"])
+def test_a_network_that_cannot_be_cut_is_refused(module: nn.Module) -> None:
+    with pytest.raises(CutError, match="must have a place between its layers"):
+        load_backbone(module, example=EXAMPLE)
+
+
+def test_a_file_of_weights_for_a_network_that_cannot_be_cut_is_refused(tmp_path: Path) -> None:
+    torch.save(Parallel().state_dict(), tmp_path / "parallel.pt")
+    with pytest.raises(CutError, match=r"parallel\.pt has none"):
+        load_backbone(str(tmp_path / "parallel.pt"), arch=f"{__name__}:Parallel")

@@ -22,7 +22,7 @@ from regraft.architecture import (
 )
 from regraft.cut import lower_at, split
 from regraft.described import as_operations
-from regraft.errors import ArtifactError, BackboneError, ReaderError
+from regraft.errors import ArtifactError, BackboneError, CutError, ReaderError
 from regraft.files import digest
 from regraft.graph import Cut, Trace, find_cut, trace
 from regraft.networks.embedded import EMBEDDED
@@ -137,7 +137,7 @@ def load_backbone(
     match, rename, layout, adapt, min_coverage: as in `restore`.
 
     Raises BackboneError when there is no such network or no weights, ReaderError for a file that does not fit,
-    TraceError when the network cannot be followed.
+    TraceError when the network cannot be followed, CutError when there is no place to cut it.
     """
     if isinstance(spec, Backbone):
         return spec
@@ -415,12 +415,17 @@ def _assemble(
     traced = trace(module, example)
     weights = weights_digest(module, f"{traced.graph.python_code('self').src}\n{module}")
     cuts = _reusable(traced, coverage.fresh) if coverage else traced.cuts
+    if not any(cut.shown for cut in cuts):
+        raise CutError(
+            f"A network must have a place between its layers where a single tensor is alive; {source.spec} has none, for "
+            "it is one layer, or runs in branches all the way: choose another backbone."
+        )
     named = replace(source, weights=source.weights or weights)
     return Backbone(module, traced, preprocess, named, operations, config, coverage, cuts=cuts)
 
 
 def _reusable(traced: Trace, fresh: frozenset[str]) -> tuple[Cut, ...]:
-    """The cuts below which everything was loaded. Raises ReaderError where there is none."""
+    """The cuts below which everything was loaded. Raises ReaderError where one is missing and there is none."""
     below = 0
     while below < len(traced.cuts):
         lower = lower_at(traced, [traced.cuts[below].name])
@@ -428,8 +433,8 @@ def _reusable(traced: Trace, fresh: frozenset[str]) -> tuple[Cut, ...]:
             break
         below += 1
     used = [cut for cut in traced.cuts[:below] if len(lower_at(traced, [cut.name]).state_dict())]
-    if not used:
-        first = next(name for name in traced.module.state_dict() if name in fresh)
+    first = next((name for name in traced.module.state_dict() if name in fresh), None)
+    if not used and first:
         raise ReaderError(
             f"The layers next to the input must be loaded, for others stand on them; {first} was not: widen --match."
         )
