@@ -340,6 +340,13 @@ def test_norms_on_the_input_tell_by_their_statistics() -> None:
     assert stated_or_found(None, module, (3, 16, 16)).std == (1 / 255,) * 3
 
 
+def test_weights_that_are_not_finite_are_refused_by_name() -> None:
+    module = TinyNet()
+    module.stage1.conv2.weight.data[0, 0] = float("nan")
+    with pytest.raises(BackboneError, match=r"stage1\.conv2\.weight of module holds NaN"):
+        load_backbone(module, example=EXAMPLE)
+
+
 class Parallel(nn.Module):
     """Two branches from the input to the output: nowhere is a single tensor alive."""
 
@@ -351,7 +358,9 @@ class Parallel(nn.Module):
         return self.left(x) + self.right(x)
 
 
-@pytest.mark.parametrize("module", [nn.Conv2d(3, 4, 3), Parallel(), nn.Identity()], ids=["layer", "branches", "nothing"])
+@pytest.mark.parametrize(
+    "module", [nn.Conv2d(3, 4, 3), Parallel(), nn.Identity()], ids=["layer", "branches", "nothing"]
+)
 def test_a_network_that_cannot_be_cut_is_refused(module: nn.Module) -> None:
     with pytest.raises(CutError, match="must have a place between its layers"):
         load_backbone(module, example=EXAMPLE)

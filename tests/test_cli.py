@@ -200,6 +200,44 @@ def test_a_stopped_command_says_what_is_left(number, code, said):
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stop_that_a_library_turns_into_another_error_is_a_stop(number, code):
+    def action():
+        try:
+            os.kill(os.getpid(), number)
+            time.sleep(5)
+        except KeyboardInterrupt:
+            raise AttributeError("half of a library was imported") from None
+
+    done = CliRunner().invoke(guarded_command(action))
+    assert done.exit_code == code
+    assert done.stderr.endswith(": half is kept\n")
+
+
+def test_a_shell_that_has_interrupts_ignored_is_heeded():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        done = CliRunner().invoke(guarded_command(lambda: os.kill(os.getpid(), signal.SIGINT)))
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert (done.exit_code, done.stderr) == (0, "")
+
+
+def test_options_are_read_before_anything_heavy_is_imported():
+    """A stop while torch is imported must find somebody who answers it."""
+    said = "import sys; from regraft.cli import main; main(['fit', 'x', '--out', 'y', '--clip', 'norm:0'], "
+    said += "standalone_mode=False)"
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-c", said],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(SOURCES)},
+    )
+    assert "is not norm:LIMIT or value:LIMIT with a limit above 0" in done.stderr
+    assert not [line for line in done.stderr.splitlines() if line.rsplit("|", 1)[-1].strip() in ("torch", "numpy")]
+
+
 def test_warnings_are_one_line_each():
     def action():
         warnings.simplefilter("always")
@@ -334,6 +372,10 @@ def test_a_finished_fit_is_shown_again_with_no_passes_and_other_options_are_refu
     assert f"report: {folder / 'report.html'}" in shown
     assert "test accuracy" in shown
     assert "(seed was 0 and is 1)" in refusal("fit", data, "--out", folder, "--seed", "1")
+    lost = shutil.copytree(folder, tmp_path / "lost")
+    (lost / "report.html").unlink()
+    run("fit", data, "--out", lost)
+    assert (lost / "report.html").read_text() == (folder / "report.html").read_text()
     other = shutil.copytree(data, tmp_path / "other")
     (other / "train" / "ant" / "0.png").unlink()
     assert "other training pictures" in refusal("fit", other, "--out", folder)
@@ -463,3 +505,12 @@ def test_the_default_network_says_the_same_on_a_processor_with_fewer_instruction
         assert ours["label"] == theirs["label"]
         there_by_label = {t["label"]: t["probability"] for t in theirs["top"]}
         assert all(abs(t["probability"] - there_by_label[t["label"]]) < 0.01 for t in ours["top"])
+
+
+@pytest.mark.parametrize("seed", ["-1", "4294967296"])
+def test_a_seed_that_no_generator_takes_is_refused(tmp_path, seed):
+    data = tiny.write_pictures(tmp_path / "data")
+    asked = [("fit", "--out", tmp_path / "run"), ("curve",), ("pretrain", "--method", "gan", "--out", tmp_path / "own")]
+    for name, *rest in asked:
+        assert f"from 0 to 4294967295; found {seed}." in refusal(name, data, *rest, "--seed", seed)
+    assert not (tmp_path / "run").exists()

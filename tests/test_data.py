@@ -418,3 +418,19 @@ def test_groups_are_searched_inside_the_class_folder_only(tmp_path):
 def test_a_pattern_without_use_gets_one_sentence(tmp_path, pattern, said):
     put(tmp_path, "a/x-1.png", "b/x-2.png")
     assert said in refusal(tmp_path, group=pattern)
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (None, "found None"),
+        (5, "found 5"),
+        ("", "found ''"),
+        ([[1], [2]], "found a list"),
+        (([1], [2], [3]), "found a tuple of list, list, list"),
+        ((iter([1]), [2]), "found a tuple of list_iterator, list"),
+    ],
+)
+def test_what_is_no_data_at_all_is_refused_with_what_it_is(data, said):
+    with pytest.raises(DataError, match=f"or a pair .images, labels. of arrays or lists; {said}"):
+        load_data(data)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 
@@ -59,6 +60,18 @@ def test_layers_that_keep_what_they_derived_from_their_weights_are_examined(tmp_
     module.stem.insert(0, tiny.Keeping(3))
     run = fitted(tmp_path, module)
     assert doctor(run.folder, backbone=module).batches == 2
+
+
+def test_health_is_told_though_the_report_cannot_be_written(tmp_path, monkeypatch):
+    module = tiny.TinyNet()
+    run = fitted(tmp_path, module)
+
+    def refuse(*_):
+        raise OSError(errno.EROFS, "Read-only file system", str(run.folder))
+
+    monkeypatch.setattr(recipe, "write_report", refuse)
+    with pytest.warns(UserWarning, match="does not show this health: .*Read-only file system"):
+        assert doctor(run.folder, backbone=module).batches == 2
 
 
 class Overwriting(nn.Module):

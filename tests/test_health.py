@@ -57,6 +57,14 @@ def test_sigmoids_with_normal_weights_saturate_and_their_gradients_vanish_and_th
         assert not names(trained(cured)) & {"saturation", "vanishing gradients", "exploding gradients"}
 
 
+def test_layers_that_no_gradient_reaches_are_named_without_a_ratio() -> None:
+    module = deep("relu", 6)
+    layers = [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
+    nn.init.zeros_(layers[3].weight)
+    (illness,) = [i for i in trained(module, steps=1).illnesses if i.name == "vanishing gradients"]
+    assert illness.evidence == "gradients are 0 in the first layers"
+
+
 def test_a_large_rate_kills_relu_units_and_a_lower_rate_or_a_leak_keeps_them_alive() -> None:
     ill = trained(deep("relu", 3), rate=30.0, steps=30)
     assert names(ill) & {"dying units", "exploding gradients"}

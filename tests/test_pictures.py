@@ -442,7 +442,7 @@ def test_picture_of_an_array_does_not_share_its_memory():
         (np.full((4, 4), "a"), "found <U1"),
         (np.full((4, 4), 200.0), "found 200 to 200"),
         (np.full((4, 4), -0.1), "floats from 0 to 1"),
-        (np.full((4, 4), np.nan), "found nan to nan"),
+        (np.full((4, 4), np.nan), "holds NaN or infinity"),
     ],
     ids=["channels-first", "line", "empty", "two-channels", "int64", "bool", "text", "255", "negative", "nan"],
 )

@@ -412,13 +412,16 @@ def _assemble(
     config: Mapping[str, Any] | None = None,
     coverage: Coverage | None = None,
 ) -> Backbone:
+    unsound = next((name for name, p in module.named_parameters() if not bool(torch.isfinite(p).all())), None)
+    if unsound:
+        raise BackboneError(f"Weights must be finite; {unsound} of {source.spec} holds NaN or infinity: load others.")
     traced = trace(module, example)
     weights = weights_digest(module, f"{traced.graph.python_code('self').src}\n{module}")
     cuts = _reusable(traced, coverage.fresh) if coverage else traced.cuts
     if not any(cut.shown for cut in cuts):
         raise CutError(
-            f"A network must have a place between its layers where a single tensor is alive; {source.spec} has none, for "
-            "it is one layer, or runs in branches all the way: choose another backbone."
+            f"A network must have a place between its layers where a single tensor is alive; {source.spec} has none: "
+            "choose one of several layers that does not run in branches all the way."
         )
     named = replace(source, weights=source.weights or weights)
     return Backbone(module, traced, preprocess, named, operations, config, coverage, cuts=cuts)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 
@@ -53,7 +53,9 @@ def main() -> None:
 @weights
 @learning
 @shared(CONTINUES)
-def fit(data: str, out: Path, verbose: bool, as_json: bool, **options: Any) -> None:
+def fit(
+    data: str, out: Path, clipping: tuple[Literal["norm", "value"], float], verbose: bool, as_json: bool, **options: Any
+) -> None:
     """Do the whole job: curve, choice, final model, report.
 
     Re-running an interrupted command continues it; a finished run is shown as it is.
@@ -66,10 +68,10 @@ def fit(data: str, out: Path, verbose: bool, as_json: bool, **options: Any) -> N
     Example:
       regraft fit photos/ --out run/
     """
-    from regraft import recipe
+    from regraft import nn, recipe
 
     with progress() as say:
-        run = recipe.fit(data, out=out, say=say, **options)
+        run = recipe.fit(data, out=out, clipping=nn.Clipping(*clipping), say=say, **options)
     record = run.record
     tested = record["test"] or {"left_out": []}
     _tell_left_out([*record["data"]["left_out"], *tested["left_out"]])

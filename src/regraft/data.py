@@ -121,13 +121,24 @@ def load_data(
     """
     if isinstance(source, Dataset):
         found = source
-    elif isinstance(source, tuple):
+    elif isinstance(source, str | os.PathLike) and os.fspath(source):
+        found = _from_path(Path(source))
+    elif isinstance(source, tuple) and len(source) == 2 and all(hasattr(part, "__len__") for part in source):
         found = from_arrays(*source)
     else:
-        found = _from_path(Path(source))
+        raise DataError(
+            f"Data must be a folder, a .npz file or a pair (images, labels) of arrays or lists; found {_kind(source)}."
+        )
     if to_learn:
         _check_classes(found, allow_empty_class)
     return with_groups(found, group) if group is not None else found
+
+
+def _kind(value: Any) -> str:
+    """What was given instead of data, in a word or two."""
+    if isinstance(value, tuple):
+        return f"a tuple of {', '.join(type(part).__name__ for part in value)}"
+    return repr(value) if isinstance(value, str | int | float | None) else f"a {type(value).__name__}"
 
 
 UNLABELLED = ("picture",)

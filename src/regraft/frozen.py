@@ -172,6 +172,8 @@ class NotFinite(BackboneError):
     """A network gave NaN or infinity for the picture in this row of a batch."""
 
     def __init__(self, cut: str, row: int) -> None:
-        super().__init__(f"The features at cut {cut} must be finite; row {row} of the batch is not.")
+        super().__init__(
+            f"The features at cut {cut} must be finite; row {row} of the batch is not: choose another backbone."
+        )
         self.cut = cut
         self.row = row

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections.abc import Callable
-from typing import Any
 
 import click
 
@@ -94,17 +95,18 @@ def tuning(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def names_given(context: click.Context, parameter: click.Parameter, value: str | None) -> list[str] | None:
-    return None if value is None else [name for name in value.split(",") if name not in ("", "none")]
+    names = [name for name in (value or "").split(",") if name]
+    if "none" in names and len(names) > 1:
+        raise click.BadParameter(f"{value!r} names none beside others")
+    return None if value is None else [name for name in names if name != "none"]
 
 
-def _clipping(context: click.Context, parameter: click.Parameter, value: str) -> Any:
-    from regraft.nn import Clipping  # brings torch, which help must not wait for
-
+def _clipping(context: click.Context, parameter: click.Parameter, value: str) -> tuple[str, float]:
     by, _, limit = value.partition(":")
-    try:
-        return Clipping(by, float(limit))  # type: ignore[arg-type]
-    except ValueError as e:
-        raise click.BadParameter(f"{value!r} is not norm:LIMIT or value:LIMIT with a limit above 0") from e
+    with contextlib.suppress(ValueError):
+        if by in ("norm", "value") and 0 < float(limit) < math.inf:
+            return by, float(limit)
+    raise click.BadParameter(f"{value!r} is not norm:LIMIT or value:LIMIT with a limit above 0")
 
 
 WEIGHT_OPTIONS = ("arch", "match", "rename", "layout", "adapt", "min_coverage")

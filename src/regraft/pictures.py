@@ -11,6 +11,7 @@ beyond the upper 8, and damage inside JPEG or WebP data that still decodes, for 
 from __future__ import annotations
 
 import io
+import math
 import struct
 from dataclasses import dataclass
 from typing import Any
@@ -101,7 +102,9 @@ def _levels_of_array(array: npt.NDArray[Any], where: str) -> Pixels:
             "range to one of these."
         )
     low, high = float(array.min()), float(array.max())
-    if not (low >= 0 and high <= 1):  # false for NaN too
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise PictureError(f"{where} must hold floats from 0 to 1; it holds NaN or infinity: leave it out.")
+    if not (low >= 0 and high <= 1):
         raise PictureError(
             f"{where} must hold floats from 0 to 1; found {low:g} to {high:g}: divide by the largest possible value."
         )

@@ -41,6 +41,7 @@ from regraft.pretrain_steps import Say, Work, fitting, planned, set_norms, shown
 from regraft.recipe import CHECKPOINTS, Data, curve
 from regraft.record import read_record, refuse_inside, refuse_other_options, write_record
 from regraft.report import REPORT_FILE
+from regraft.splits import check_seed
 from regraft.store import FeatureStore
 
 SMALL = "small"
@@ -93,6 +94,7 @@ def pretrain(
     TrainingError where a method does not suit the network or diverges even at a tenth of its rate.
     """
     begun = time.monotonic()
+    check_seed(seed)
     if budget_from(budget).seconds is None:
         raise RunError(f"The budget of pretraining must be a time, such as 20m; found {budget!r}: or pass --epochs.")
     if method not in METHODS:

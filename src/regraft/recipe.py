@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -24,7 +25,7 @@ from regraft.candidates import LITTLE
 from regraft.data import Dataset, load_data, printable, subset
 from regraft.depth_curve import Curve, as_rival, curve_of, warn_of_known
 from regraft.doctor import examine
-from regraft.errors import DataError, RunError, TrainingError
+from regraft.errors import DataError, RunError, TrainingError, first_line
 from regraft.final_fit import grown, seconds_after
 from regraft.finetune import Ground
 from regraft.flips import flips_are_harmless
@@ -41,6 +42,7 @@ from regraft.readers import is_file_spec
 from regraft.record import read_record, refuse_inside, spending, write_record
 from regraft.report import REPORT_FILE, write_report
 from regraft.run_record import finished_record, pictures_of, record_of, refuse_other_weights
+from regraft.splits import check_seed
 from regraft.store import FeatureStore, open_store
 
 CHECKPOINTS = "checkpoints"
@@ -87,6 +89,7 @@ def curve(
     picture that would be left out.
     """
     started = time.perf_counter()
+    check_seed(seed)
     dataset = load_data(data, group=group, allow_empty_class=allow_empty_class)
     say("loading the backbone", 0, 1)
     network = load_backbone(backbone, example=example, seed=seed, **weights)
@@ -194,6 +197,7 @@ def fit(
     backbone = os.fspath(backbone) if isinstance(backbone, os.PathLike) else backbone
     budget_from(budget)
     augment_from(augment or ())
+    check_seed(seed)
     dataset = load_data(data, group=group, allow_empty_class=allow_empty_class)
     tested = _test_data(dataset, test, group)
     folder = Path(out)
@@ -218,6 +222,8 @@ def fit(
         refuse_other_weights(folder, record, _weights_now(backbone, seed, weights))
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
         saved = load_model(folder, backbone=_given(backbone), device=device)
+        if not (folder / REPORT_FILE).exists():
+            write_report(folder / REPORT_FILE, record, pictures_of(record, dataset, tested))
         now = {"forward_passes": 0, "seconds": {"total": time.perf_counter() - started}}
         return Run(folder, saved, record | now)
     spent = budget_from(budget, spent=_spent(folder), started=begun)
@@ -320,8 +326,11 @@ def doctor(
     health = examine(model, network, dataset, seed=options["seed"])
     record["health"] = health.to_json()
     shown = _still_there(options["data"])  # the report shows pictures of the run, whatever was examined
-    write_report(folder / REPORT_FILE, record, pictures_of(record, shown or dataset, _still_there(options["test"])))
-    write_record(folder, record)
+    try:
+        write_report(folder / REPORT_FILE, record, pictures_of(record, shown or dataset, _still_there(options["test"])))
+        write_record(folder, record)
+    except (OSError, RunError) as e:
+        warnings.warn(f"The report of {folder} does not show this health: {first_line(e)}.", stacklevel=2)
     return health
 
 

@@ -79,7 +79,7 @@ def read_tensors(folder: Path, kind: Kind, manifest: Mapping[str, Any]) -> dict[
     if len(data) != stated["bytes"] or hashlib.sha256(data).hexdigest() != stated["sha256"]:
         raise ArtifactError(
             f"{path} must be the file that {kind.manifest} was written for; its digest differs: it was damaged or "
-            f"belongs to another {kind.word}."
+            f"belongs to another {kind.word}: restore it, or {kind.again} anew."
         )
     return safetensors.torch.load(data)
 

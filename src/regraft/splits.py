@@ -10,13 +10,21 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from regraft.errors import DataError
+from regraft.errors import DataError, RunError
 
 FOLDS = 5
 REPEATS = 3
 ENOUGH_FOR_ONE_REPEAT = 5000
 """From this many examples on one repeat is made: more would only average the noise of the split."""
 TRIES = 20
+LARGEST_SEED = 2**32 - 1
+"""Every generator that is seeded here takes whole numbers from 0 to this."""
+
+
+def check_seed(seed: int) -> None:
+    """Raise RunError for a seed that a generator would refuse."""
+    if not 0 <= seed <= LARGEST_SEED:
+        raise RunError(f"A seed must be a whole number from 0 to {LARGEST_SEED}; found {seed}.")
 
 
 def together(*keys: Sequence[str]) -> np.ndarray:

@@ -42,16 +42,18 @@ def guarded(after_stop: str) -> Callable[[Callable[..., None]], Callable[..., No
         def run(*args: Any, **options: Any) -> None:
             debug = bool(click.get_current_context().obj)
             _escape_on_stdout()
+            stops: list[type[KeyboardInterrupt]] = []
             try:
-                with _plain_warnings(), _terminable():
+                with _plain_warnings(), _stoppable(stops):
                     command(*args, **options)
-            except KeyboardInterrupt as e:
-                terminated = isinstance(e, Terminated)
-                to_stderr(f"{'terminated' if terminated else 'interrupted'}: {after_stop}")
-                raise SystemExit(TERMINATED if terminated else INTERRUPTED) from e
             except (BrokenPipeError, click.ClickException, click.exceptions.Exit):
                 raise  # click knows these: a pipe whose reader has left needs no words
-            except Exception as e:
+            except (KeyboardInterrupt, Exception) as e:
+                # A stop that comes while a library is imported may end that in an error of another kind.
+                if stops or isinstance(e, KeyboardInterrupt):
+                    terminated = Terminated in stops
+                    to_stderr(f"{'terminated' if terminated else 'interrupted'}: {after_stop}")
+                    raise SystemExit(TERMINATED if terminated else INTERRUPTED) from e
                 if debug:
                     raise
                 to_stderr(sentence(e))
@@ -116,19 +118,25 @@ def _plain_warnings() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _terminable() -> Iterator[None]:
+def _stoppable(stops: list[type[KeyboardInterrupt]]) -> Iterator[None]:
+    """Make SIGTERM stop what is inside as Ctrl-C does, and note which of them came; a shell may have Ctrl-C ignored."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
-    def stop(*_: Any) -> None:
-        raise Terminated
+    def stop(number: int, _: Any) -> None:
+        stops.append(Terminated if number == signal.SIGTERM else KeyboardInterrupt)
+        raise stops[-1]
 
-    before = signal.signal(signal.SIGTERM, stop)
+    listened = [signal.SIGTERM]
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        listened.append(signal.SIGINT)
+    before = [signal.signal(number, stop) for number in listened]
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in zip(listened, before, strict=True):
+            signal.signal(number, handler)
 
 
 def _escape_on_stdout() -> None:

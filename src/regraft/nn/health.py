@@ -354,7 +354,12 @@ def _vanishing(trained: Sequence[LayerHealth], normed: bool) -> Iterator[Illness
         return
     if first * APART < last:
         faint = tuple(layer.path for layer in trained if _share(layer) * APART < last)
-        said = f"gradients are {last / max(first, 1e-300):.3g} times fainter in the first layers than in the last"
+        much = (
+            f"{last / first:.3g} times fainter in the first layers than in the last"
+            if first
+            else "0 in the first layers"
+        )
+        said = f"gradients are {much}"
         yield Illness("vanishing gradients", faint, said, cures)
     elif not normed and trained[-2].spread * GROWN < trained[0].spread:
         times = trained[0].spread / max(trained[-2].spread, 1e-38)
