@@ -61,6 +61,7 @@ def test_layers_that_no_gradient_reaches_are_named_without_a_ratio() -> None:
     module = deep("relu", 6)
     layers = [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
     nn.init.zeros_(layers[3].weight)
+    nn.init.ones_(layers[3].bias)
     (illness,) = [i for i in trained(module, steps=1).illnesses if i.name == "vanishing gradients"]
     assert illness.evidence == "gradients are 0 in the first layers"
 

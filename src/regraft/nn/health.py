@@ -354,16 +354,15 @@ def _vanishing(trained: Sequence[LayerHealth], normed: bool) -> Iterator[Illness
         return
     if first * APART < last:
         faint = tuple(layer.path for layer in trained if _share(layer) * APART < last)
-        much = (
-            f"{last / first:.3g} times fainter in the first layers than in the last"
-            if first
-            else "0 in the first layers"
-        )
-        said = f"gradients are {much}"
+        said = "gradients are 0 in the first layers"
+        if first:
+            said = f"gradients are {last / first:.3g} times fainter in the first layers than in the last"
         yield Illness("vanishing gradients", faint, said, cures)
     elif not normed and trained[-2].spread * GROWN < trained[0].spread:
-        times = trained[0].spread / max(trained[-2].spread, 1e-38)
-        said = f"outputs are {times:.3g} times smaller in {trained[-2].path} than in {trained[0].path}"
+        said = f"outputs are the same for everything in {trained[-2].path}"
+        if trained[-2].spread:
+            times = trained[0].spread / trained[-2].spread
+            said = f"outputs are {times:.3g} times smaller in {trained[-2].path} than in {trained[0].path}"
         yield Illness("vanishing gradients", (trained[-2].path,), said, cures)
 
 
