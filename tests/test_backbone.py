@@ -347,6 +347,11 @@ def test_weights_that_are_not_finite_are_refused_by_name() -> None:
         load_backbone(module, example=EXAMPLE)
 
 
+def test_a_module_whose_shapes_are_not_known_yet_is_refused() -> None:
+    with pytest.raises(BackboneError, match=r"1\.weight of module has none yet: run it on a batch once"):
+        load_backbone(nn.Sequential(nn.ReLU(), nn.LazyConv2d(4, 3)), example=EXAMPLE)
+
+
 class Parallel(nn.Module):
     """Two branches from the input to the output: nowhere is a single tensor alive."""
 

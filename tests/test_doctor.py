@@ -70,7 +70,7 @@ def test_health_is_told_though_the_report_cannot_be_written(tmp_path, monkeypatc
         raise OSError(errno.EROFS, "Read-only file system", str(run.folder))
 
     monkeypatch.setattr(recipe, "write_report", refuse)
-    with pytest.warns(UserWarning, match="does not show this health: .*Read-only file system"):
+    with pytest.warns(UserWarning, match="cannot be written again: .*Read-only file system"):
         assert doctor(run.folder, backbone=module).batches == 2
 
 

@@ -412,9 +412,7 @@ def _assemble(
     config: Mapping[str, Any] | None = None,
     coverage: Coverage | None = None,
 ) -> Backbone:
-    unsound = next((name for name, p in module.named_parameters() if not bool(torch.isfinite(p).all())), None)
-    if unsound:
-        raise BackboneError(f"Weights must be finite; {unsound} of {source.spec} holds NaN or infinity: load others.")
+    _refuse_unsound(module, source.spec)
     traced = trace(module, example)
     weights = weights_digest(module, f"{traced.graph.python_code('self').src}\n{module}")
     cuts = _reusable(traced, coverage.fresh) if coverage else traced.cuts
@@ -425,6 +423,17 @@ def _assemble(
         )
     named = replace(source, weights=source.weights or weights)
     return Backbone(module, traced, preprocess, named, operations, config, coverage, cuts=cuts)
+
+
+def _refuse_unsound(module: nn.Module, spec: str) -> None:
+    """Raise BackboneError, which names it, where a parameter is not finite or has no shape yet."""
+    for name, parameter in module.named_parameters():
+        if isinstance(parameter, nn.UninitializedParameter):
+            raise BackboneError(
+                f"Weights must have their shapes; {name} of {spec} has none yet: run it on a batch once."
+            )
+        if not bool(torch.isfinite(parameter).all()):
+            raise BackboneError(f"Weights must be finite; {name} of {spec} holds NaN or infinity: load others.")
 
 
 def _reusable(traced: Trace, fresh: frozenset[str]) -> tuple[Cut, ...]:

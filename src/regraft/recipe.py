@@ -223,7 +223,7 @@ def fit(
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
         saved = load_model(folder, backbone=_given(backbone), device=device)
         if not (folder / REPORT_FILE).exists():
-            write_report(folder / REPORT_FILE, record, pictures_of(record, dataset, tested))
+            _report_again(folder, record, dataset, tested)
         now = {"forward_passes": 0, "seconds": {"total": time.perf_counter() - started}}
         return Run(folder, saved, record | now)
     spent = budget_from(budget, spent=_spent(folder), started=begun)
@@ -326,12 +326,17 @@ def doctor(
     health = examine(model, network, dataset, seed=options["seed"])
     record["health"] = health.to_json()
     shown = _still_there(options["data"])  # the report shows pictures of the run, whatever was examined
+    _report_again(folder, record, shown or dataset, _still_there(options["test"]))
+    return health
+
+
+def _report_again(folder: Path, record: dict[str, Any], dataset: Dataset, tested: Dataset | None) -> None:
+    """Write the report and the record of a finished run again, or warn that they stay as they are."""
     try:
-        write_report(folder / REPORT_FILE, record, pictures_of(record, shown or dataset, _still_there(options["test"])))
+        write_report(folder / REPORT_FILE, record, pictures_of(record, dataset, tested))
         write_record(folder, record)
     except (OSError, RunError) as e:
-        warnings.warn(f"The report of {folder} does not show this health: {first_line(e)}.", stacklevel=2)
-    return health
+        warnings.warn(f"The report in {folder} cannot be written again: {first_line(e)}.", stacklevel=3)
 
 
 def _still_there(source: str | None) -> Dataset | None:
