@@ -60,6 +60,7 @@ def test_layers_that_keep_what_they_derived_from_their_weights_are_examined(tmp_
     module.stem.insert(0, tiny.Keeping(3))
     run = fitted(tmp_path, module)
     assert doctor(run.folder, backbone=module).batches == 2
+    assert not module.stem[0].kept
 
 
 def test_health_is_told_though_the_report_cannot_be_written(tmp_path, monkeypatch):

@@ -437,7 +437,7 @@ def _refuse_unsound(module: nn.Module, spec: str) -> None:
 
 
 def _reusable(traced: Trace, fresh: frozenset[str]) -> tuple[Cut, ...]:
-    """The cuts below which everything was loaded. Raises ReaderError where one is missing and there is none."""
+    """The cuts below which everything was loaded. Raises ReaderError where a layer not loaded leaves none."""
     below = 0
     while below < len(traced.cuts):
         lower = lower_at(traced, [traced.cuts[below].name])

@@ -37,6 +37,7 @@ def examine(model: TransferModel, backbone: Backbone | None, dataset: Dataset, *
     model knows can be read, BackboneError where torch finds no way back through the network.
     """
     whole = _Whole(model, backbone).eval().requires_grad_(True)
+    renew(whole)
     with watch(whole.lower if whole.lower and not model.tuned else whole, in_evaluation=True) as watched:
         for pixels, small, labels in _batches(model, dataset, seed):
             try:
