@@ -1,4 +1,4 @@
-"""The command line: parse, call one function, print. Heavy imports wait until a command runs."""
+"""The command line: parse, call one function, have it printed. Heavy imports wait until a command runs."""
 
 from __future__ import annotations
 
@@ -9,6 +9,17 @@ from typing import Any, Literal
 import click
 
 from regraft.__version__ import __version__
+from regraft.console import (
+    print_classes,
+    print_curve,
+    print_framing,
+    print_judged,
+    print_ladder,
+    tell_folds,
+    tell_leaks,
+    tell_left_out,
+    tell_passed_over,
+)
 from regraft.options import (
     ARCH_TO_PRETRAIN_HELP,
     DEVICES,
@@ -26,8 +37,6 @@ from regraft.options import (
 from regraft.printable import printable
 from regraft.terminal import lines_of_stdin, print_json, progress, to_stderr
 
-LISTED = 20
-"""Of files that were left out, so many are named on the terminal; the record names all."""
 CONTINUES = "what was computed is kept, and the same command continues"
 UNCHANGED = "nothing was changed"
 
@@ -74,18 +83,18 @@ def fit(
         run = recipe.fit(data, out=out, clipping=nn.Clipping(*clipping), say=say, **options)
     record = run.record
     tested = record["test"] or {"left_out": []}
-    _tell_left_out([*record["data"]["left_out"], *tested["left_out"]])
-    _tell_passed_over(record["data"]["ignored"], verbose)
-    _tell_folds(record["data"]["folds"]["folds"])
-    _tell_leaks(record["data"]["leaks"])
+    tell_left_out([*record["data"]["left_out"], *tested["left_out"]])
+    tell_passed_over(record["data"]["ignored"], verbose)
+    tell_folds(record["data"]["folds"]["folds"])
+    tell_leaks(record["data"]["leaks"])
     if as_json:
         print_json(record)
         return
-    _print_curve(record["curve"])
-    _print_framing(record)
-    _print_ladder(record)
+    print_curve(record["curve"])
+    print_framing(record)
+    print_ladder(record)
     if record["test"]:
-        click.echo(_judged(record["test"]))
+        print_judged(record["test"])
     click.echo(f"report: {run.folder / 'report.html'}")
 
 
@@ -126,9 +135,9 @@ def curve(
         )
     left_out = [{"where": item.where, "reason": item.reason} for item in found[0].problems]
     ignored = [{"where": item.where, "reason": item.reason} for item in dataset.ignored]
-    _tell_left_out(left_out)
-    _tell_passed_over(ignored, verbose)
-    _tell_folds(int(found[0].task.folds.max()) + 1)
+    tell_left_out(left_out)
+    tell_passed_over(ignored, verbose)
+    tell_folds(int(found[0].task.folds.max()) + 1)
     documents = [one.to_json() for one in found]
     if as_json:
         ranking = [
@@ -143,7 +152,7 @@ def curve(
     for document in documents:
         if len(backbones) > 1:
             click.echo(f"\n{document['backbone']['spec']}")
-        _print_curve(document)
+        print_curve(document)
 
 
 @main.command()
@@ -209,8 +218,8 @@ def evaluate(run: Path, data: str, group: str | None, device: str, on_bad: str, 
     if as_json:
         print_json(document)
     else:
-        click.echo(_judged(document))
-        _print_classes(document)
+        print_judged(document)
+        print_classes(document)
     _end(document["left_out"], on_bad)
 
 
@@ -309,7 +318,7 @@ def pretrain(data: str, out: Path, as_json: bool, **options: Any) -> None:
     with progress() as say:
         done = run_pretrain(data, out=out, say=say, **options)
     record = done.record
-    _tell_left_out(record["left_out"])
+    tell_left_out(record["left_out"])
     if as_json:
         print_json(record)
         return
@@ -319,7 +328,7 @@ def pretrain(data: str, out: Path, as_json: bool, **options: Any) -> None:
     )
     for name, document in record["curves"].items():
         click.echo(f"\n{name}")
-        _print_curve(document)
+        print_curve(document)
     click.echo(f"backbone: {printable(str(done.folder))}, trained up to {record['cut']}")
     click.echo(f"report: {done.folder / 'report.html'}")
 
@@ -407,117 +416,11 @@ def cache_prune(max_bytes: int | None, older_than: float | None, as_json: bool) 
         click.echo(f"removed {len(gone.keys)} keys and {len(gone.temporaries)} leftovers, {gone.bytes / 1e6:.1f} MB")
 
 
-def _tell_left_out(items: Sequence[dict[str, str]]) -> None:
-    if items:
-        to_stderr(f"{len(items)} {'picture was' if len(items) == 1 else 'pictures were'} left out:")
-    for item in items[:LISTED]:
-        named = item["where"] in item["reason"]
-        to_stderr(f"- {item['reason']}" if named else f"- {item['where']}: {item['reason']}")
-
-
-def _tell_passed_over(items: Sequence[dict[str, str]], verbose: bool) -> None:
-    for item in items if verbose else ():
-        to_stderr(f"passed over {item['where']}: {item['reason']}")
-
-
-def _tell_folds(folds: int) -> None:
-    from regraft.splits import FOLDS
-
-    if folds < FOLDS:
-        to_stderr(
-            f"warning: judged with {folds} folds instead of {FOLDS}, for the smallest class has {folds} pictures (or "
-            "groups): expect wide intervals"
-        )
-
-
-def _tell_leaks(leaks: Sequence[dict[str, str]]) -> None:
-    if leaks:
-        first = leaks[0]
-        to_stderr(
-            f"warning: test pictures that were also learned from: {len(leaks)}; the test score flatters the model; the "
-            f"first is {first['tested']}, with {first['equal']} equal to {first['learned']}"
-        )
-
-
 def _end(bad: Sequence[dict[str, str]], on_bad: str) -> None:
     """Name what could not be read; exit with 1 unless that is to be skipped."""
     if len(bad) == 1 and on_bad == "fail":
         to_stderr(bad[0]["reason"])
     elif bad:
-        _tell_left_out(bad)
+        tell_left_out(bad)
     if bad and on_bad == "fail":
         raise SystemExit(1)
-
-
-def _print_curve(document: dict[str, Any]) -> None:
-    width = max(len(p["name"]) for p in document["cuts"]) + 2
-    for point in document["cuts"]:
-        bar = "#" * round(40 * point["score"])
-        mark = " <" if point["name"] == document["recommended"] else ""
-        interval = f"{point['low']:.3f}-{point['high']:.3f}"
-        click.echo(f"{point['depth']:3} {point['name']:<{width}} {point['score']:.3f}  {interval}  {bar}{mark}")
-    for point in document["several"]:
-        mark = " <" if point["name"] == document["recommended"] else ""
-        click.echo(f"    {point['name']}  {point['score']:.3f}  {point['low']:.3f}-{point['high']:.3f}{mark}")
-    if document["ends"]:
-        click.echo(document["ends"])
-    if document["labels"]:
-        _print_growth(document["labels"])
-    click.echo(f"reuse up to {document['recommended']}: {document['reason']}")
-    _print_expected(document["score"], *document["interval"])
-
-
-def _print_expected(score: float, low: float, high: float) -> None:
-    click.echo(f"expected accuracy on new pictures: {score:.3f} (95 % interval {low:.3f} to {high:.3f})")
-
-
-def _print_growth(growth: dict[str, Any]) -> None:
-    for size in growth["sizes"]:
-        click.echo(f"{size['labels']:>7} labels  {size['score']:.3f}  {size['low']:.3f}-{size['high']:.3f}")
-    if growth["with_twice_the_labels"] is not None:
-        click.echo(
-            f"twice the labels: about {growth['with_twice_the_labels']:.3f}, if errors go on falling as they did"
-        )
-
-
-def _print_framing(record: dict[str, Any]) -> None:
-    framing = record.get("framing", {"tried": []})  # runs of older versions have none
-    for attempt in framing["tried"]:
-        _print_attempt(attempt, attempt["reason"], "pictures as stated", attempt["name"] == framing["chosen"])
-
-
-def _print_ladder(record: dict[str, Any]) -> None:
-    ladder = record["ladder"]
-    for attempt in ladder["attempts"]:
-        came = attempt["reason"]
-        if "every step" in attempt["trained_on"]:
-            came = f"{attempt['trained_on']}{'; ' + came if came else ''}"
-        _print_attempt(attempt, came, "the probe", attempt["name"] == ladder["winner"])
-    if ladder["reason"]:
-        click.echo(ladder["reason"])
-    if ladder["winner"]:
-        _print_expected(**record["chosen"]["score"])
-
-
-def _print_attempt(attempt: dict[str, Any], came: str, rival: str, won: bool) -> None:
-    if attempt["gain"]:
-        score, low, high = (f"{100 * v:+.1f}" for v in attempt["gain"])
-        came = f"{score} points over {rival} ({low} to {high}){', ' + came if came else ''}"
-    click.echo(f"    {attempt['name']:<16} {came}{' <' if won else ''}")
-
-
-def _judged(document: dict[str, Any]) -> str:
-    low, high = document["interval"]
-    return (
-        f"test accuracy {document['accuracy']:.3f} (95 % interval {low:.3f} to {high:.3f}), balanced "
-        f"{document['balanced_accuracy']:.3f}, calibration error {document['calibration_error']:.3f}, "
-        f"{document['pictures']} pictures"
-    )
-
-
-def _print_classes(document: dict[str, Any]) -> None:
-    for row in document["per_class"]:
-        recall = "-" if row["recall"] is None else f"{row['recall']:.3f}"
-        precision = "-" if row["precision"] is None else f"{row['precision']:.3f}"
-        name = printable(row["label"])
-        click.echo(f"{name:<24} recall {recall:>5}  precision {precision:>5}  {row['support']:>6} pictures")
