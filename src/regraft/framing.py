@@ -23,7 +23,7 @@ from regraft.candidates import LITTLE, Candidate
 from regraft.costs import picture_seconds
 from regraft.data import Dataset, subset
 from regraft.depth_curve import Curve
-from regraft.errors import DataError, RegraftError, first_line
+from regraft.errors import DataError, RegraftError, TraceError, first_line
 from regraft.files import write_atomic
 from regraft.heads import INPUT
 from regraft.numerics import Numerics
@@ -138,6 +138,8 @@ def frame(
             ended = before.get(candidate.name) or _in_time(other, learned, numerics, n + tested, budget)
             if ended[0] == "finished":
                 curves[candidate.name] = _comparable(look(asked, other, **lenient), first)
+        except TraceError:
+            ended = ("failed", f"the network takes no pictures of {spec.size[0]} x {spec.size[1]} pixels")
         except (RegraftError, RuntimeError, MemoryError) as e:
             ended = ("failed", first_line(e))
         attempts.append(_attempt(candidate, ended, first, curves.get(candidate.name), time.monotonic() - started))
