@@ -88,6 +88,17 @@ def test_mixed_layouts_are_refused_by_name(tmp_path):
     assert "found notes" in refusal(tmp_path)
 
 
+@pytest.mark.parametrize("split", ["test", "val", "Train"])
+def test_a_split_beside_class_folders_is_not_taken_for_a_class(tmp_path, split):
+    put(tmp_path, "a/1.png", "b/2.png", f"{split}/a/3.png", f"{split}/b/4.png")
+    (tmp_path / split / "notes.txt").write_text("")
+    said = refusal(tmp_path)
+    assert f"{split}/ in {tmp_path} must hold pictures and be a class" in said
+    assert "move the class folders into train/" in said
+    put(tmp_path, f"{split}/5.png")
+    assert set(load_data(tmp_path).labels) == {"a", "b", split}
+
+
 def test_what_systems_leave_about_is_named_and_never_a_class(tmp_path):
     put(tmp_path, "a/1.png", "b/2.png")
     junk = [".DS_Store", "Thumbs.db", "a/.ipynb_checkpoints/1-checkpoint.png", "a/._1.png", "__MACOSX/a/1.png"]

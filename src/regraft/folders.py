@@ -148,6 +148,8 @@ def _splits(root: Path) -> list[tuple[Path, Split]]:
     """The folders that hold class folders: those of the splits, or the root itself.
 
     A class may be called `train` (beside `car`); the layout is that of splits only if all folders are splits.
+    Raises DataError for what would be a class and looks like a split: pictures that are to be judged must not be
+    learned from unasked.
     """
     folders = [entry for entry in listed(root) if _is_folder(entry) and not _left_by_system(entry.name)]
     splits = [(f, SPLIT_FOLDERS[f.name.casefold()]) for f in folders if f.name.casefold() in SPLIT_FOLDERS]
@@ -159,7 +161,20 @@ def _splits(root: Path) -> list[tuple[Path, Split]]:
             f"Beside {splits[0][0].name}/ and {splits[1][0].name}/ there must be no other folder in "
             f"{printable(str(root))}; found {printable(other)}: move it into one of them, or away."
         )
+    for folder, _ in splits:
+        if _holds_class_folders(folder):
+            raise DataError(
+                f"Beside class folders, {folder.name}/ in {printable(str(root))} must hold pictures and be a class; it "
+                "holds folders and no pictures: move the class folders into train/, or give it another name."
+            )
     return [(root, "train")]
+
+
+def _holds_class_folders(folder: Path) -> bool:
+    """Whether a folder holds other folders and no pictures, as that of a split does."""
+    entries = [entry for entry in listed(folder) if not _left_by_system(entry.name)]
+    folders = [entry for entry in entries if _is_folder(entry)]
+    return bool(folders) and not any(e.suffix.lower() in SUFFIXES for e in entries if e not in folders)
 
 
 def _status(path: Path) -> os.stat_result | None:
