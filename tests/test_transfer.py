@@ -206,6 +206,15 @@ def test_other_pictures_into_a_run_are_refused_wherever_they_lie(tmp_path, tiny_
         fit(moved, tmp_path / "run")
 
 
+def test_a_finished_run_knows_test_pictures_that_are_named_like_its_training_pictures(tmp_path, tiny_images):
+    other = tiny.write_pictures(tmp_path / "other", each=3, seed=2)
+    fit(tiny_images, tmp_path / "run", test=other)
+    assert fit(tiny_images, tmp_path / "run", test=other).record["forward_passes"] == 0
+    tiny.write_pictures(other, each=1, seed=3)
+    with pytest.raises(RunError, match="other test pictures"):
+        fit(tiny_images, tmp_path / "run", test=other)
+
+
 def test_an_interrupted_run_belongs_to_its_options(tmp_path, tiny_images):
     with pytest.raises(DataError, match="at least 2 different pictures"):  # after its record was begun
         fit(
@@ -225,6 +234,9 @@ def test_a_folder_of_other_files_is_not_written_to(tmp_path, tiny_images):
         fit(tiny_images, other)
     with pytest.raises(RunError, match="must not lie inside the data"):
         fit(tiny_images, tiny_images / "run")
+    tested = tiny.write_pictures(tmp_path / "tested", each=1, seed=1)
+    with pytest.raises(RunError, match="must not lie inside the data"):
+        fit(tiny_images, tested / "run", test=tested)
     (tmp_path / "file").write_text("text")
     with pytest.raises(RunError, match="must be a folder"):
         fit(tiny_images, tmp_path / "file")

@@ -201,7 +201,9 @@ def fit(
     dataset = load_data(data, group=group, allow_empty_class=allow_empty_class)
     tested = _test_data(dataset, test, group)
     folder = Path(out)
-    refuse_inside(folder, dataset.source)
+    for place in (dataset, tested):
+        if place is not None:
+            refuse_inside(folder, place.source)
     options = {
         "data": _place(dataset),
         "test": _place(tested) if tested else None,

@@ -154,8 +154,11 @@ def refuse_other_weights(folder: Path, record: dict[str, Any], now: str | None) 
 
 
 def _identities(dataset: Dataset, tested: Dataset | None, known: Mapping[str, str]) -> dict[str, str | None]:
-    """Digests of every picture's bytes, label, split and group, wherever the data lie; `known` are digests by place."""
+    """Digests of every picture's bytes, label, split and group, wherever the data lie.
+
+    known: digests by place, of training pictures; a test picture may have the place of another one in other data.
+    """
     return {
         "training": identity(subset(dataset, "train", "validation"), known),
-        "test": identity(tested, known) if tested else None,
+        "test": identity(tested, {}) if tested else None,
     }
