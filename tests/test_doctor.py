@@ -6,6 +6,7 @@ import errno
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -118,3 +119,25 @@ def test_the_report_goes_on_showing_the_pictures_of_the_run(tmp_path, monkeypatc
     inside = next(p for p in (tmp_path / "pictures").rglob("*.png")).relative_to(tmp_path / "pictures")
     assert pixels(str(inside)) is not None
     assert pixels("no/such.png") is None
+
+
+def test_the_report_stays_as_it_is_where_the_pictures_of_the_run_are_gone(tmp_path):
+    module = tiny.TinyNet()
+    run = fitted(tmp_path, module)
+    before = {name: (run.folder / name).read_bytes() for name in ("report.html", "record.json")}
+    moved = (tmp_path / "pictures").rename(tmp_path / "moved")
+    others = tiny.write_pictures(tmp_path / "others", each=4, seed=3)
+    with pytest.warns(UserWarning, match="stays as it is: pictures of the run are no longer where they were") as said:
+        assert doctor(run.folder, others, backbone=module).batches == 1
+    assert len(said) == 1
+    assert {name: (run.folder / name).read_bytes() for name in before} == before
+    doctor(run.folder, moved, backbone=module)
+    assert "Health of the layers" in (run.folder / "report.html").read_text()
+
+
+def test_pictures_given_in_python_are_known_again(tmp_path):
+    module, rng = tiny.TinyNet(), np.random.default_rng(0)
+    data = [tiny.stripes(i % 3, rng) for i in range(24)], [tiny.CLASSES[i % 3] for i in range(24)]
+    run = regraft.fit(data, module, example=tiny.EXAMPLE, out=tmp_path / "run")
+    doctor(run.folder, data, backbone=module)
+    assert "Health of the layers" in (run.folder / "report.html").read_text()

@@ -257,11 +257,18 @@ def test_what_a_killed_writer_left_does_not_stop_a_run_and_is_removed(tmp_path, 
     assert not left.exists()
 
 
-def test_a_finished_run_with_a_damaged_model_is_no_success(tmp_path, tiny_images):
-    fit(tiny_images, tmp_path / "run")
-    (tmp_path / "run" / "model.safetensors").write_bytes(b"")
-    with pytest.raises(ArtifactError, match=r"model\.safetensors"):
-        fit(tiny_images, tmp_path / "run")
+@pytest.mark.parametrize("file", ["model.json", "model.safetensors"])
+@pytest.mark.parametrize("damage", [os.unlink, truncated])
+def test_the_model_of_a_finished_run_is_made_again_where_it_is_lost(tmp_path, tiny_images, file, damage):
+    whole = {p.name: p.read_bytes() for p in fit(tiny_images, tmp_path / "run").folder.glob("model.*")}
+    damage(tmp_path / "run" / file)
+    with pytest.raises(ArtifactError, match="model"):
+        load_model(tmp_path / "run", backbone=tiny.TinyNet())
+    with pytest.warns(UserWarning, match="The saved model in .* cannot be read and is made again"):
+        again = fit(tiny_images, tmp_path / "run")
+    assert again.record["forward_passes"] == 0
+    assert again.record["status"] == recorded(tmp_path / "run")["status"] == "finished"
+    assert {p.name: p.read_bytes() for p in again.folder.glob("model.*")} == whole
 
 
 # ---- pictures that cannot be used --------------------------------------------------------------------------------

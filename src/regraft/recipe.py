@@ -25,7 +25,7 @@ from regraft.candidates import LITTLE
 from regraft.data import Dataset, load_data, printable, subset
 from regraft.depth_curve import Curve, as_rival, curve_of, warn_of_known
 from regraft.doctor import examine
-from regraft.errors import DataError, RunError, TrainingError, first_line
+from regraft.errors import ArtifactError, DataError, RunError, TrainingError, first_line
 from regraft.final_fit import grown, seconds_after
 from regraft.finetune import Ground
 from regraft.flips import flips_are_harmless
@@ -41,7 +41,7 @@ from regraft.probe import fit_head
 from regraft.readers import is_file_spec
 from regraft.record import read_record, refuse_inside, spending, write_record
 from regraft.report import REPORT_FILE, write_report
-from regraft.run_record import finished_record, pictures_of, record_of, refuse_other_weights
+from regraft.run_record import finished_record, identities, pictures_of, record_of, refuse_other_weights
 from regraft.splits import check_seed
 from regraft.store import FeatureStore, open_store
 
@@ -190,8 +190,8 @@ def fit(
     they keep their labels. balanced: every class has the same say in fine-tuning.
     clipping: of gradients. weights: see `load_backbone`.
     test: pictures that only the finished model sees, instead of the data's own test split. A finished run is returned
-    as it is, with 0 `forward_passes`; an interrupted one goes on. RunError if `out` holds a run with other options or
-    other data.
+    as it is, with 0 `forward_passes`; an interrupted one goes on, and so does one whose saved model is lost. RunError
+    if `out` holds a run with other options or other data.
     """
     started, begun = time.perf_counter(), time.monotonic()
     backbone = os.fspath(backbone) if isinstance(backbone, os.PathLike) else backbone
@@ -223,11 +223,15 @@ def fit(
     if record is not None:
         refuse_other_weights(folder, record, _weights_now(backbone, seed, weights))
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
-        saved = load_model(folder, backbone=_given(backbone), device=device)
-        if not (folder / REPORT_FILE).exists():
-            _report_again(folder, record, dataset, tested)
-        now = {"forward_passes": 0, "seconds": {"total": time.perf_counter() - started}}
-        return Run(folder, saved, record | now)
+        try:
+            saved = load_model(folder, backbone=_given(backbone), device=device)
+        except ArtifactError:
+            warnings.warn(f"The saved model in {folder} cannot be read and is made again.", stacklevel=2)
+        else:
+            if not (folder / REPORT_FILE).exists():
+                _report_again(folder, record, dataset, tested)
+            now = {"forward_passes": 0, "seconds": {"total": time.perf_counter() - started}}
+            return Run(folder, saved, record | now)
     spent = budget_from(budget, spent=_spent(folder), started=begun)
     with spending(folder, options, spent):
         say("loading the backbone", 0, 1)
@@ -327,9 +331,27 @@ def doctor(
     say("examining the layers", 0, 1)
     health = examine(model, network, dataset, seed=options["seed"])
     record["health"] = health.to_json()
-    shown = _still_there(options["data"])  # the report shows pictures of the run, whatever was examined
-    _report_again(folder, record, shown or dataset, _still_there(options["test"]))
+    shown = _shown_by(record, dataset)
+    if shown is None:
+        warnings.warn(
+            f"The report in {folder} stays as it is: pictures of the run are no longer where they were.", stacklevel=2
+        )
+    else:
+        _report_again(folder, record, *shown)
     return health
+
+
+def _shown_by(record: dict[str, Any], examined: Dataset) -> tuple[Dataset, Dataset | None] | None:
+    """The data of a run, whose pictures its report shows, and the test data; None where they are gone.
+
+    examined: other data, or the run's own at another place.
+    """
+    options = record["options"]
+    own, tested = _still_there(options["data"]), _still_there(options["test"])
+    if own and (tested or not options["test"]):
+        return own, tested
+    judged = _test_data(examined, None, None)
+    return (examined, judged) if identities(examined, judged, {}) == record["data"]["identity"] else None
 
 
 def _report_again(folder: Path, record: dict[str, Any], dataset: Dataset, tested: Dataset | None) -> None:

@@ -52,7 +52,7 @@ def record_of(
             "used": len(task.labels),
             "per_class": np.bincount(task.labels, minlength=task.classes).tolist(),
             "grey": found.bench.grey,
-            "identity": _identities(dataset, tested, known),
+            "identity": identities(dataset, tested, known),
             "left_out": [asdict(item) for item in found.problems],
             "leaks": [leak.to_json() for leak in leaks],
             "notes": [asdict(item) for item in found.table.notes],
@@ -133,7 +133,7 @@ def finished_record(
     refuse_other_options(folder, record, options, PLACES if finished else ())
     if not finished:
         return None
-    now = _identities(dataset, tested, {})
+    now = identities(dataset, tested, {})
     other = [f"{kind} pictures" for kind, was in record["data"]["identity"].items() if now[kind] != was]
     if other:
         raise RunError(
@@ -153,7 +153,7 @@ def refuse_other_weights(folder: Path, record: dict[str, Any], now: str | None) 
         )
 
 
-def _identities(dataset: Dataset, tested: Dataset | None, known: Mapping[str, str]) -> dict[str, str | None]:
+def identities(dataset: Dataset, tested: Dataset | None, known: Mapping[str, str]) -> dict[str, str | None]:
     """Digests of every picture's bytes, label, split and group, wherever the data lie.
 
     known: digests by place, of training pictures; a test picture may have the place of another one in other data.
