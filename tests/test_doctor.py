@@ -101,11 +101,16 @@ def test_what_cannot_be_examined_gets_one_sentence(tmp_path):
     run = fitted(tmp_path, tiny.TinyNet(), draw=tiny.colours)
     with pytest.raises(RunError, match="must reuse layers to be examined"):
         doctor(run.folder)
-    with pytest.raises(RunError, match="must hold a finished run"):
-        doctor(tmp_path / "nothing")
+    for nothing in (tmp_path / "nothing", tmp_path / "pictures", tmp_path / "pictures" / "ant" / "0.png"):
+        with pytest.raises(RunError, match="must hold a finished run: give a folder that `regraft fit` made"):
+            doctor(nothing)
     shutil.rmtree(tmp_path / "pictures")
     with pytest.raises((DataError, RunError)):
         doctor(run.folder, tmp_path / "pictures")
+    (tmp_path / "run" / "record.json").write_bytes(b"")
+    with pytest.raises(RunError, match="give a folder that `regraft fit` made") as refused:
+        doctor(tmp_path / "run")
+    assert "--out" not in str(refused.value)
 
 
 def test_the_report_goes_on_showing_the_pictures_of_the_run(tmp_path, monkeypatch):

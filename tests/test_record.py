@@ -67,3 +67,16 @@ def test_a_note_that_cannot_be_written_is_missed_and_the_run_goes_on(tmp_path, m
     assert json.loads((tmp_path / "record.json").read_bytes())["status"] == "running"
     with pytest.raises(RunError, match="No space left"), spending(tmp_path, OPTIONS, budget_from("1h")):
         pass
+
+
+def test_a_finished_record_is_believed_as_it_was_written_only(tmp_path):
+    written = write_record(tmp_path, {"status": "finished", "options": OPTIONS, "forward_passes": 24})
+    assert read_record(tmp_path) == written
+    whole = (tmp_path / "record.json").read_bytes()
+    for changed in (whole.replace(b"24", b"25"), whole.replace(b"finished", b"fhnished"), whole.replace(b"24", b"NaN")):
+        (tmp_path / "record.json").write_bytes(changed)
+        with pytest.raises(RunError, match=f"choose another --out, or remove {tmp_path}"):
+            read_record(tmp_path)
+    earlier = {name: value for name, value in written.items() if name != "digest"}
+    (tmp_path / "record.json").write_text(json.dumps(earlier))
+    assert read_record(tmp_path) == earlier

@@ -212,7 +212,7 @@ def pretrain(
         "machine": {"python": platform.python_version(), "torch": torch.__version__, "cores": os.cpu_count()},
     }
     write_pretrain_report(folder / REPORT_FILE, record, panels)
-    write_record(folder, record)
+    record = write_record(folder, record)
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     return Pretrained(folder, saved, record)
 

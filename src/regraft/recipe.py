@@ -39,7 +39,7 @@ from regraft.numerics import pick_numerics
 from regraft.predict import Evaluation, evaluate_model
 from regraft.probe import fit_head
 from regraft.readers import is_file_spec
-from regraft.record import read_record, refuse_inside, spending, write_record
+from regraft.record import RECORD_FILE, read_record, refuse_inside, spending, write_record
 from regraft.report import REPORT_FILE, write_report
 from regraft.run_record import finished_record, identities, pictures_of, record_of, refuse_other_weights
 from regraft.splits import check_seed
@@ -288,7 +288,7 @@ def fit(
         record["forward_passes"] += asked + framed.forward_passes
         record["framing"] = framed.to_json()
         write_report(folder / REPORT_FILE, record, pictures_of(record, dataset, tested))
-    write_record(folder, record)
+    record = write_record(folder, record)
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     return Run(folder, saved, record)
 
@@ -319,10 +319,10 @@ def doctor(
     data: instead of the run's own. Raises RunError where the run is unfinished or reuses no layers, DataError where
     there are no pictures.
     """
-    folder = Path(run)
-    record = read_record(folder)
+    folder, advice = Path(run), "give a folder that `regraft fit` made"
+    record = read_record(folder, advice) if os.path.exists(folder / RECORD_FILE) else None
     if record is None or record["status"] != "finished":
-        raise RunError(f"{folder} must hold a finished run: run `regraft fit` to the end first.")
+        raise RunError(f"{folder} must hold a finished run: {advice}, or run that to the end first.")
     model, network = load_with_network(folder, backbone=backbone, device="cpu")
     if network is None and model.tuned is None:
         raise RunError(f"The model in {folder} must reuse layers to be examined; it sees the raw input alone.")

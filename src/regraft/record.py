@@ -1,8 +1,8 @@
 """record.json: what a run was asked, what it did, and what came of it.
 
 A run is a directory. Its record is written when it begins (`"status": "running"`, with the options), every few seconds
-with the time that was spent, and again, whole, when it is finished. Knows one JSON file and what else may lie beside
-it, nothing of what the values mean.
+with the time that was spent, and again, whole and with its digest, when it is finished. Knows one JSON file and what
+else may lie beside it, nothing of what the values mean.
 """
 
 from __future__ import annotations
@@ -18,32 +18,36 @@ from typing import Any
 
 from regraft.budget import Budget
 from regraft.errors import RunError
-from regraft.files import TEMPORARY_PREFIX, stale_temporaries, write_json
+from regraft.files import TEMPORARY_PREFIX, digest_json, stale_temporaries, write_json
 
 RECORD_FILE = "record.json"
 EVERY = 2.0
 """Seconds between two notes of the time that was spent."""
 
 
-def read_record(folder: Path) -> dict[str, Any] | None:
+def read_record(folder: Path, advice: str = "choose another --out") -> dict[str, Any] | None:
     """The record of the run in `folder`, None where none was begun.
 
-    Raises RunError where the record cannot be read, or where the folder holds something else.
+    advice: what to try instead. Raises RunError where the record cannot be read or is not as it was written, or where
+    the folder holds something else.
     """
     path = folder / RECORD_FILE
     try:
         data = path.read_bytes()
     except OSError as e:
-        _check_free(folder, e)
+        _check_free(folder, e, advice)
         return None
     try:
         record: dict[str, Any] = json.loads(data)
         record["status"], record["options"].items()
+        whole = "digest" not in record or record["digest"] == _digest(record)  # earlier versions wrote none
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        why = f"cannot be read ({type(e).__name__})"
+        raise RunError(f"{path} must be the record of a run, and {why}: {advice}, or remove {folder}.") from e
+    if not whole:
         raise RunError(
-            f"{path} must be the record of a run, and cannot be read ({type(e).__name__}): choose another --out, or "
-            "remove it."
-        ) from e
+            f"{path} must be as it was written; it was changed or damaged: restore it, {advice}, or remove {folder}."
+        )
     return record
 
 
@@ -96,11 +100,14 @@ def spending(folder: Path, options: dict[str, Any], budget: Budget) -> Iterator[
         clock.join()
 
 
-def write_record(folder: Path, record: dict[str, Any]) -> None:
+def write_record(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
     """Write the record whole, or leave the old one; what killed writers left beside it is removed.
 
+    Returns what was written: the record, with its digest if it is of a finished run.
     Raises RunError where the folder cannot be written to.
     """
+    if record["status"] == "finished":
+        record = {**record, "digest": _digest(record)}
     try:
         write_json(folder / RECORD_FILE, record)
     except OSError as e:
@@ -108,19 +115,22 @@ def write_record(folder: Path, record: dict[str, Any]) -> None:
     for left in stale_temporaries(folder):
         with contextlib.suppress(OSError):
             left.unlink()
+    return record
 
 
-def _check_free(folder: Path, refusal: OSError) -> None:
+def _digest(record: dict[str, Any]) -> str:
+    return digest_json({name: value for name, value in record.items() if name != "digest"})
+
+
+def _check_free(folder: Path, refusal: OSError, advice: str) -> None:
     """Raise unless the folder is absent, or empty but for what a killed writer left."""
     try:
         names = [name for name in os.listdir(folder) if not name.startswith(TEMPORARY_PREFIX)]
     except FileNotFoundError:
         return
     except OSError as e:
-        raise RunError(f"{folder} must be a folder that can be read ({e.strerror}): choose another --out.") from e
+        raise RunError(f"{folder} must be a folder that can be read ({e.strerror}): {advice}.") from e
     if RECORD_FILE in names:
-        raise RunError(
-            f"{folder / RECORD_FILE} must be readable ({refusal.strerror}): choose another --out."
-        ) from refusal
+        raise RunError(f"{folder / RECORD_FILE} must be readable ({refusal.strerror}): {advice}.") from refusal
     if names:
-        raise RunError(f"{folder} must be new, empty or a run; it holds other files: choose another --out.")
+        raise RunError(f"{folder} must be new, empty or a run; it holds other files: {advice}.")
