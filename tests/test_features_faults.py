@@ -126,7 +126,7 @@ def test_full_disk_is_one_sentence_and_the_next_run_goes_on(
 
     monkeypatch.setattr(os, "fsync", full)
     kept = open_store(tmp_path / "kept")
-    with pytest.raises(StoreError, match=r"needs more than [\d,]+ bytes, and [\d,]+ are free at .*make room") as caught:
+    with pytest.raises(StoreError, match=r"needs at least [\d,]+ bytes, and [\d,]+ are free at .*make room") as caught:
         extracted(data, kept, backbone=backbone)
     assert "\n" not in str(caught.value)
     monkeypatch.undo()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import json
 import os
 import shutil
@@ -17,8 +18,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from regraft.errors import StoreError
-from regraft.files import FOREIGN_SECONDS, TEMPORARY_PREFIX, stale_temporaries
+from regraft import files
+from regraft.errors import RegraftError, StoreError
+from regraft.files import FOREIGN_SECONDS, TEMPORARY_PREFIX, stale_temporaries, write_atomic
 from regraft.store import (
     FeatureStore,
     StoreFullError,
@@ -83,7 +85,7 @@ def test_full_disk_is_one_sentence_leaves_no_torn_file_and_goes_on_after_room_wa
 ) -> None:
     root, make_room = filling_disk
     store, ids = open_store(root), names(640)
-    with pytest.raises(StoreFullError, match=r"needs more than [\d,]+ bytes, and [\d,]+ are free at "):
+    with pytest.raises(StoreFullError, match=r"needs at least [\d,]+ bytes, and [\d,]+ are free at "):
         fill(store, ids, dim=2048, shard=32)
     assert temporaries(root) == []
     assert verify(store).damaged == ()
@@ -186,12 +188,53 @@ def test_read_only_store_serves_its_rows_and_says_that_it_cannot_be_written(way:
             assert len(verify(store).damaged) == 1
 
 
+def test_full_disk_names_the_space_that_the_first_piece_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full(io.BytesIO):
+        def write(self, _: object) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files, "open", lambda *_: Full(), raising=False)
+    with pytest.raises(RegraftError, match="needs at least 1,000 bytes"):
+        write_atomic(tmp_path / "file", [b"a" * 1000])
+
+
+@pytest.mark.parametrize("number", [errno.EFBIG, errno.EIO], ids=errno.errorcode.get)
+def test_a_refusal_while_a_file_is_written_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def refuse(fd: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(OSError, match=str(tmp_path / "file")) as refused:
+        write_atomic(tmp_path / "file", [b"a"])
+    assert refused.value.errno == number
+
+
+def test_a_key_that_cannot_be_listed_is_named_with_what_to_try(
+    store: FeatureStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(store, names(2))
+    real, closed = os.scandir, store.folder(KEY)
+
+    def refuse(folder: Path) -> object:
+        if Path(folder) == closed:
+            raise PermissionError(errno.EACCES, "Permission denied", str(folder))
+        return real(folder)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(StoreError, match=f"{closed} is not .Permission denied.: make it readable"):
+        list_entries(store)
+
+
 def test_store_below_a_file_or_with_a_senseless_cap_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match="is a file"):
         open_store(tmp_path / "file")
     with pytest.raises(StoreError):
         fill(open_store(tmp_path / "file" / "store"), names(2))
+    with pytest.raises(StoreError, match="it cannot be made, .*: set REGRAFT_CACHE to another place"):
+        fill(open_store(Path("/proc/none")), names(2))
     with pytest.raises(StoreError, match="positive number of bytes, and is '-5'"):
         open_store(tmp_path, max_bytes=-5)
     monkeypatch.setenv("REGRAFT_CACHE_BYTES", "20GB")

@@ -56,12 +56,12 @@ def write_atomic(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
     _make_folder(path.parent)
     writer = f"{_place()}-{os.getpid()}-{_start_of(os.getpid())}"
     temporary = path.parent / f"{TEMPORARY_PREFIX}{writer}-{uuid.uuid4().hex[:12]}"
-    written = 0
+    needed = 0
     try:
         with open(temporary, "xb") as f:
             for chunk in chunks:
+                needed += len(chunk)
                 f.write(chunk)
-                written += len(chunk)
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
@@ -71,9 +71,11 @@ def write_atomic(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
         if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT):
             free = shutil.disk_usage(path.parent).free
             raise RegraftError(
-                f"Writing {path} needs more than {written:,} bytes, and {free:,} are free at {path.parent}: "
+                f"Writing {path} needs at least {needed:,} bytes, and {free:,} are free at {path.parent}: "
                 "make room there or choose another place."
             ) from e
+        if isinstance(e, OSError) and e.filename is None:
+            e.filename = os.fspath(path)  # of what is open the system does not say it
         raise
     _sync_folder(path.parent)
 

@@ -211,7 +211,10 @@ def write_file(path: Path, parts: Sequence[bytes]) -> None:
             raise StoreFullError(str(e)) from e
         except OSError as e:
             _refused(path, e)
-    raise StoreError(f"{path.parent} must stay while it is written to, and something removes it again and again.")
+    raise StoreError(
+        f"{path.parent} must be a folder that stays while it is written to; it cannot be made, or something removes it "
+        "again and again: set REGRAFT_CACHE to another place."
+    )
 
 
 def _key_digest(version: int, facts: Mapping[str, Any]) -> str:
@@ -236,7 +239,10 @@ def _scan(folder: Path) -> list[os.DirEntry[str]]:
     except FileNotFoundError:
         return []
     except OSError as e:
-        raise StoreError(f"The feature store must be readable, and {folder} is not: {e.strerror}.") from e
+        raise StoreError(
+            f"The feature store must be readable, and {folder} is not ({e.strerror}): make it readable, or set "
+            "REGRAFT_CACHE to another place."
+        ) from e
 
 
 def _bytes_in(folder: Path) -> int:
