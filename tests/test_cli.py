@@ -23,9 +23,9 @@ import tiny
 from conftest import SOURCES
 from conftest import regraft as command_line
 from regraft.cli import main
-from regraft.errors import DataError
+from regraft.errors import DataError, RegraftError
 from regraft.store import open_store
-from regraft.terminal import guarded, progress
+from regraft.terminal import guarded, lines_of_stdin, progress
 
 pytestmark = pytest.mark.xdist_group("real")
 
@@ -298,6 +298,12 @@ def test_predict_takes_paths_from_standard_input_and_any_file_name(plain, tmp_pa
     assert {row["label"] for row in document["predictions"]} == {"cat"}
     assert "caf\\xe9.png  cat" in run("predict", folder, tmp_path).stdout
     assert run("predict", folder, "--", "-").stdout == ""
+
+
+def test_paths_from_a_closed_standard_input_get_one_sentence(monkeypatch):
+    monkeypatch.setattr("sys.stdin", None)
+    with pytest.raises(RegraftError, match="must be open to read paths from it"):
+        lines_of_stdin()
 
 
 def test_pictures_that_cannot_be_read_are_named_and_the_others_predicted(plain, tmp_path):

@@ -58,6 +58,11 @@ def test_a_folder_without_pictures_is_refused(run, tmp_path):
         predict_paths(run[0].model, [tmp_path / "empty"])
 
 
+def test_an_empty_path_is_not_the_folder_where_one_is(run):
+    with pytest.raises(PictureError, match="found an empty path"):
+        predict_paths(run[0].model, [""])
+
+
 def test_evaluation_counts_what_prediction_says(run, fresh):
     shutil.move(fresh / "ant" / "0.png", fresh / "bee" / "wrong.png")
     found = evaluate(run[0].model, fresh)

@@ -57,9 +57,9 @@ class Evaluation:
 def predict_paths(model: TransferModel, paths: Iterable[str | Path]) -> tuple[list[Prediction], list[LeftOut]]:
     """Predictions for picture files and for all pictures below folders, and what could not be read.
 
-    Raises PictureError for a folder without pictures.
+    Raises PictureError for a folder without pictures, and for an empty path.
     """
-    files = [file for path in paths for file in _pictures_at(Path(path))]
+    files = [file for path in paths for file in _pictures_at(path)]
     predictions, left_out = [], []
     for file, answer in zip(files, model.answers(files), strict=True):
         if isinstance(answer, PictureError):
@@ -146,7 +146,10 @@ def worst(
     ]
 
 
-def _pictures_at(path: Path) -> list[Path]:
+def _pictures_at(given: str | Path) -> list[Path]:
+    if given == "":
+        raise PictureError("What to predict must be pictures or folders; found an empty path: leave it out.")
+    path = Path(given)
     if not path.is_dir():
         return [path]
     found, _ = pictures_below(path)

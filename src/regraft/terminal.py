@@ -106,7 +106,9 @@ def print_json(value: Any) -> None:
 
 
 def lines_of_stdin() -> list[str]:
-    """The lines of standard input as paths, whatever their bytes."""
+    """The lines of standard input as paths, whatever their bytes; RegraftError where it is closed."""
+    if sys.stdin is None:
+        raise RegraftError("Standard input must be open to read paths from it (-), and is closed: pipe them in.")
     return [os.fsdecode(line.rstrip(b"\r")) for line in sys.stdin.buffer.read().split(b"\n") if line.strip()]
 
 
