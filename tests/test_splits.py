@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from regraft.errors import DataError
-from regraft.splits import ENOUGH_FOR_ONE_REPEAT, FOLDS, REPEATS, fold_assignments, together
+from regraft.errors import DataError, RunError
+from regraft.splits import ENOUGH_FOR_ONE_REPEAT, FOLDS, REPEATS, check_seed, fold_assignments, together
 
 
 def test_equal_keys_join_examples_transitively_and_empty_keys_join_nothing():
@@ -76,3 +76,15 @@ def test_whatever_the_groups_they_stay_whole_and_every_class_is_always_learned_f
             for fold in np.unique(assignment):
                 assert set(labels[assignment != fold]) == set(labels)
     assert judged > 100
+
+
+@pytest.mark.parametrize("seed", [7, np.int64(7), np.uint8(7)])
+def test_a_seed_is_any_whole_number(seed):
+    assert check_seed(seed) == 7
+    assert type(check_seed(seed)) is int
+
+
+@pytest.mark.parametrize("seed", [1.5, "1", None, -1, 2**32])
+def test_what_is_no_seed_gets_one_sentence(seed):
+    with pytest.raises(RunError, match=f"a whole number from 0 to 4294967295; found {seed}"):
+        check_seed(seed)

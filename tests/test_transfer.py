@@ -16,7 +16,7 @@ import regraft
 import tiny
 from regraft.artifact import load_model
 from regraft.data import load_data
-from regraft.errors import ArtifactError, DataError, RunError
+from regraft.errors import ArtifactError, BackboneError, DataError, RunError
 from regraft.predict import evaluate_model
 from regraft.store import open_store
 
@@ -213,6 +213,11 @@ def test_a_finished_run_knows_test_pictures_that_are_named_like_its_training_pic
     tiny.write_pictures(other, each=1, seed=3)
     with pytest.raises(RunError, match="other test pictures"):
         fit(tiny_images, tmp_path / "run", test=other)
+
+
+def test_what_is_no_backbone_gets_one_sentence(tmp_path, tiny_images):
+    with pytest.raises(BackboneError, match="A backbone must be a name, a path, a module .*; found None"):
+        regraft.fit(tiny_images, None, out=tmp_path / "run")
 
 
 def test_an_interrupted_run_belongs_to_its_options(tmp_path, tiny_images):

@@ -94,7 +94,7 @@ def pretrain(
     TrainingError where a method does not suit the network or diverges even at a tenth of its rate.
     """
     begun = time.monotonic()
-    check_seed(seed)
+    seed = check_seed(seed)
     if budget_from(budget).seconds is None:
         raise RunError(f"The budget of pretraining must be a time, such as 20m; found {budget!r}: or pass --epochs.")
     if method not in METHODS:

@@ -25,7 +25,7 @@ from regraft.candidates import LITTLE
 from regraft.data import Dataset, load_data, printable, subset
 from regraft.depth_curve import Curve, as_rival, curve_of, warn_of_known
 from regraft.doctor import examine
-from regraft.errors import ArtifactError, DataError, RunError, TrainingError, first_line
+from regraft.errors import ArtifactError, BackboneError, DataError, RunError, TrainingError, first_line
 from regraft.final_fit import grown, seconds_after
 from regraft.finetune import Ground
 from regraft.flips import flips_are_harmless
@@ -89,7 +89,7 @@ def curve(
     picture that would be left out.
     """
     started = time.perf_counter()
-    check_seed(seed)
+    seed = check_seed(seed)
     dataset = load_data(data, group=group, allow_empty_class=allow_empty_class)
     say("loading the backbone", 0, 1)
     network = load_backbone(backbone, example=example, seed=seed, **weights)
@@ -197,7 +197,7 @@ def fit(
     backbone = os.fspath(backbone) if isinstance(backbone, os.PathLike) else backbone
     budget_from(budget)
     augment_from(augment or ())
-    check_seed(seed)
+    seed = check_seed(seed)
     dataset = load_data(data, group=group, allow_empty_class=allow_empty_class)
     tested = _test_data(dataset, test, group)
     folder = Path(out)
@@ -438,6 +438,10 @@ def _given(backbone: str | nn.Module | Backbone) -> nn.Module | None:
 def _described(backbone: nn.Module | Backbone) -> str:
     if isinstance(backbone, Backbone):
         return f"{backbone.source.spec} {backbone.source.weights}"
+    if not isinstance(backbone, nn.Module):
+        raise BackboneError(
+            f"A backbone must be a name, a path, a module or what load_backbone returned; found {backbone!r}."
+        )
     from regraft.backbone import weights_digest
 
     return f"{type(backbone).__name__} {weights_digest(backbone, repr(backbone))}"

@@ -6,7 +6,9 @@ Knows labels and groups as numbers, nothing of pictures.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -21,10 +23,15 @@ LARGEST_SEED = 2**32 - 1
 """Every generator that is seeded here takes whole numbers from 0 to this."""
 
 
-def check_seed(seed: int) -> None:
-    """Raise RunError for a seed that a generator would refuse."""
-    if not 0 <= seed <= LARGEST_SEED:
+def check_seed(seed: Any) -> int:
+    """The seed as an int, whatever whole number it is; raises RunError for one that a generator would refuse."""
+    try:
+        whole = operator.index(seed)
+    except TypeError:
+        whole = -1
+    if not 0 <= whole <= LARGEST_SEED:
         raise RunError(f"A seed must be a whole number from 0 to {LARGEST_SEED}; found {seed}.")
+    return whole
 
 
 def together(*keys: Sequence[str]) -> np.ndarray:
