@@ -360,6 +360,11 @@ def test_npz_of_another_content_gets_one_sentence(tmp_path, arrays, said):
         load_data(tmp_path / "data.npz")
 
 
+def test_a_file_that_is_only_named_npz_gets_one_sentence(tmp_path):
+    (tmp_path / "data.npz").write_text("hello")
+    assert "cannot be read: it is no whole zip archive." in refusal(tmp_path / "data.npz")
+
+
 def test_npz_cut_short_anywhere_gets_one_sentence(tmp_path):
     np.savez_compressed(tmp_path / "whole.npz", images=np.zeros((9, 8, 8), np.uint8), labels=np.arange(9))
     data = (tmp_path / "whole.npz").read_bytes()
@@ -394,6 +399,17 @@ def test_a_pil_image_is_read_as_its_file_would_be(tmp_path, mode):
     if from_file.shape[2] == 1:
         from_image = from_image[..., :1]
     assert np.abs(from_file.astype(int) - from_image).max() <= 1
+
+
+@pytest.mark.parametrize(("mode", "scale"), [("I", 257), ("F", 1), ("F", 1 / 255)])
+def test_a_deep_pil_image_is_read_as_its_file_would_be(tmp_path, mode, scale):
+    grey = tiny.stripes(2, np.random.default_rng(0))[..., 0].astype(np.int32)
+    image = Image.fromarray((grey * scale).astype({"I": np.int32, "F": np.float32}[mode]))
+    assert image.mode == mode
+    image.save(tmp_path / "1.tiff")
+    from_file = open_picture(tmp_path / "1.tiff", where="file").decode().pixels
+    assert np.array_equal(open_picture(image, where="image").decode().pixels, from_file)
+    assert np.array_equal(from_file[..., 0], grey)
 
 
 def test_a_pil_image_is_turned_upright_and_its_hidden_colours_stay_hidden(tmp_path):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -317,6 +318,8 @@ def _unlabelled_at(path: Path) -> Dataset:
 def _arrays_of(path: Path, *wanted: str) -> tuple[dict[str, np.ndarray], str]:
     """Those of the wanted arrays that a `.npz` file holds, and the names of all."""
     try:
+        if not zipfile.is_zipfile(path):  # np.load takes it for pickled objects, and says how to load them
+            raise ValueError("it is no whole zip archive")
         with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             return {n: stored[n] for n in wanted if n in stored.files}, ", ".join(stored.files) or "nothing"
     except Exception as e:  # np.load lets the errors of zip, zlib and its own header parser through
@@ -360,9 +363,21 @@ def _samples(item: Any) -> np.ndarray:
     if not isinstance(item, Image.Image):
         return np.asarray(item)
     image = ImageOps.exif_transpose(item)
-    if image.mode in DEEP_MODES or (image.mode in PLAIN_MODES and "transparency" not in image.info):
+    if image.mode in DEEP_MODES:
+        return _deep_samples(np.asarray(image))
+    if image.mode in PLAIN_MODES and "transparency" not in image.info:
         return np.asarray(image)
     if image.mode == "1":
         return np.asarray(image.convert("L"))
     hidden = "transparency" in image.info or image.mode in ("PA", "LA", "La", "RGBa")
     return np.asarray(image.convert("RGBA" if hidden else "RGB"))
+
+
+def _deep_samples(values: np.ndarray) -> np.ndarray:
+    """Samples of a deep PIL image in a range that arrays may have: PIL keeps 16 bits in 32, and floats up to 255."""
+    low, high = values.min(), values.max()
+    if values.dtype.kind == "i" and low >= 0 and high <= 65535:
+        return values.astype(np.uint16)
+    if values.dtype.kind == "f" and low >= 0 and 1 < high <= 255:
+        values = np.rint(values).astype(np.uint8)
+    return values
