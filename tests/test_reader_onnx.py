@@ -326,3 +326,35 @@ def test_labels_beside_the_probabilities_are_passed_over():
 
 def test_a_file_is_read_by_its_ending():
     assert read_checkpoint(FILES / "onnx_torch.onnx").operations is not None
+
+
+# ---- resizing ---------------------------------------------------------------------------------------------------
+
+
+def resized(folder, scale, x, **options):
+    """What a resizing of height and width gives of pictures that a convolution passes on as they are."""
+    nodes = [conv(output="a"), helper.make_node("Resize", ["a", "", "s"], ["y"], **options)]
+    same = np.eye(3, dtype=np.float32)[:, :, None, None]
+    path = save(folder / "m.onnx", nodes, x=("n", *x.shape[1:]), w=same, s=np.array([1, 1, scale, scale], np.float32))
+    found = read_onnx(path)
+    return build(found.operations, found.tensors)(x)
+
+
+@pytest.mark.parametrize(("scale", "side"), [(0.65, 13), (0.7, 14), (1.3, 26), (1 / 3, 6)])
+@pytest.mark.parametrize("mode", ["nearest", "linear"])
+def test_scales_that_float32_only_comes_near_give_the_sizes_and_places_of_runtimes(scale, side, mode, tmp_path):
+    x = torch.arange(400, dtype=torch.float32).reshape(1, 1, 20, 20).expand(2, 3, 20, 20)
+    rule = {"nearest": "asymmetric", "linear": "half_pixel"}[mode]
+    nearest = {"nearest_mode": "floor"} if mode == "nearest" else {}
+    y = resized(tmp_path, scale, x, mode=mode, coordinate_transformation_mode=rule, **nearest)
+    assert y.shape == (2, 3, side, side)
+    options = {"mode": "nearest"} if mode == "nearest" else {"mode": "bilinear", "align_corners": False}
+    theirs = torch.nn.functional.interpolate(x, scale_factor=scale, recompute_scale_factor=False, **options)
+    torch.testing.assert_close(y, theirs, rtol=0, atol=1e-3)
+
+
+def test_one_pixel_that_is_left_is_the_corner_where_the_rule_of_pytorch_says_so(tmp_path):
+    x = torch.arange(16, dtype=torch.float32).reshape(1, 1, 4, 4).expand(2, 3, 4, 4)
+    y = resized(tmp_path, 0.25, x, mode="linear", coordinate_transformation_mode="pytorch_half_pixel")
+    assert y.shape == (2, 3, 1, 1)
+    assert y.unique().tolist() == [0.0]

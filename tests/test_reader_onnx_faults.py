@@ -292,6 +292,7 @@ def node(op, *inputs, domain="", **attributes):
         (node("MaxPool", kernel_shape=[2, 2], strides=[0, 0]), "1 or more"),
         (node("MaxPool", kernel_shape=[99, 99]), "the step"),
         (node("AveragePool", kernel_shape=[3, 3], pads=[1, 0, 0, 0]), "leaves out padding"),
+        (node("ConvTranspose", "a", "w", pads=[0, 0, -1, 0]), "padding"),
         (node("LRN", size=4), "an even number"),
         (node("LeakyRelu", alpha=float("nan")), "JSON"),
         (node("Reshape", "a", "s9"), "does not fit"),

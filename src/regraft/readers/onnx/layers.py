@@ -94,6 +94,8 @@ def _cropped(node: Node, x: Live, options: Mapping[str, Any], extra: Sequence[in
     mode = node.attributes.get("auto_pad", "NOTSET")
     if wanted is None and mode not in ("SAME_UPPER", "SAME_LOWER"):
         pads = [int(p) for p in node.attributes.get("pads", [0, 0, 0, 0])] if mode != "VALID" else [0, 0, 0, 0]
+        if min(pads) < 0:
+            raise ValueError(f"padding {pads} of a transposed convolution")
         return pads[:2], pads[2:]
     kernel, stride, dilation = options["kernel_size"], options["stride"], options["dilation"]
     begin, end = [], []

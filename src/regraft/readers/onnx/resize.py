@@ -77,7 +77,9 @@ def _changes(node: Node, x: Live) -> dict[int, _Change]:
         before = [shape[axis] for shape in x.shapes]
         if scales is not None and scales.size:
             scale = float(scales[number])
-            after = [math.floor(b * scale) for b in before]
+            after = [math.floor(np.float32(b) * np.float32(scale)) for b in before]  # as runtimes reckon
+            share = after[0] / before[0]
+            scale = share if np.float32(share) == np.float32(scale) else scale  # .7 in float32 is meant as .7
         elif isinstance(sizes, Known) and node.attributes.get("keep_aspect_ratio_policy", "stretch") == "stretch":
             after = [integers(a)[number] for a in sizes.arrays]
             scale = after[0] / before[0]
@@ -117,6 +119,9 @@ def _as_torch(node: Node, height: _Change, width: _Change) -> dict[str, object] 
     """The options of torch's layer that does the same; None where there is none."""
     both, rule = [c for c in (height, width) if c.scale != 1], _coordinates(node)
     exact = all(c.before is None or c.after == c.before * c.scale for c in both)
+    exact = exact and not (
+        rule == "pytorch_half_pixel" and any(c.after == 1 for c in both)
+    )  # it takes the corner there
     if height.scale == width.scale and height.whole and width.whole:
         size: dict[str, object] = {"scale_factor": height.scale}
     elif height.after is not None and width.after is not None:
@@ -160,16 +165,16 @@ def _along(writer: Writer, node: Node, x: Live, place: int, change: _Change) -> 
 
 def _sources(rule: str, before: int, after: int, scale: float) -> Array:
     """Where in the input each place of the output comes from."""
-    i = np.arange(after, dtype=np.float64)
+    i, by = np.arange(after, dtype=np.float32), np.float32(scale)  # as runtimes round: nearest hangs on it
     match rule:
         case "half_pixel":
-            return (i + 0.5) / scale - 0.5
+            return (i + 0.5) / by - 0.5
         case "pytorch_half_pixel":
-            return (i + 0.5) / scale - 0.5 if after > 1 else i
+            return (i + 0.5) / by - 0.5 if after > 1 else i
         case "asymmetric":
-            return i / scale
+            return i / by
         case "tf_half_pixel_for_nn":
-            return (i + 0.5) / scale
+            return (i + 0.5) / by
         case "align_corners":
             return i * ((before - 1) / (after - 1)) if after > 1 else i
     raise ValueError(f"resizing by {rule!r}")
