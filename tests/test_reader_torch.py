@@ -52,6 +52,19 @@ def without_counters(state):
     return {name: tensor for name, tensor in state.items() if not name.endswith("num_batches_tracked")}
 
 
+def test_the_state_of_an_optimizer_is_no_weights_and_is_passed_over_beside_some(tmp_path, state):
+    trained = network()
+    optimizer = torch.optim.SGD(trained.parameters(), 0.1, momentum=0.9)
+    trained(torch.rand(2, 3, 8, 8)).sum().backward()
+    optimizer.step()
+    with pytest.raises(ReaderError, match="found the state of an optimizer"):
+        read_torch(saved(tmp_path / "o.pt", optimizer.state_dict()))
+    found = read_torch(saved(tmp_path / "both.pt", {"weights": state, "sgd": optimizer.state_dict()}))
+    assert same(found.tensors, without_counters(state))
+    with pytest.raises(ReaderError, match="found one tensor without a name"):
+        read_torch(saved(tmp_path / "t.pt", torch.zeros(3)))
+
+
 def test_a_state_dict_is_read_as_it_is_and_its_counters_are_passed_over(tmp_path, state):
     found = read_torch(saved(tmp_path / "w.pt", state))
     assert same(found.tensors, without_counters(state))

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 from regraft.errors import ReaderError
+from regraft.operations import Operation, Operations, build
+from regraft.readers import Checkpoint
 from regraft.weights import matches, restore
 
 
@@ -158,6 +160,35 @@ def test_theano_kernels_are_turned() -> None:
     assert same(target, source)
 
 
+def turning() -> Checkpoint:
+    """A whole network as a reader describes one of Keras: its map is turned before it is flattened."""
+    steps = (
+        Operation("conv", "Conv2d", ("input",), {"in_channels": 3, "out_channels": 5, "kernel_size": 3, "stride": 2}),
+        Operation("act", "ReLU", ("conv",), {}),
+        Operation("turned", "Named", ("act",), {"function": "permute", "dims": [0, 2, 3, 1]}),
+        Operation("flat", "Flatten", ("turned",), {}),
+        Operation("dense", "Linear", ("flat",), {"in_features": 60, "out_features": 6}),
+        Operation("out", "Linear", ("dense",), {"in_features": 6, "out_features": 2}),
+    )
+    torch.manual_seed(3)
+    shapes = {"conv.weight": (5, 3, 3, 3), "conv.bias": (5,), "dense.weight": (6, 60), "dense.bias": (6,)}
+    tensors = {name: torch.randn(shape) for name, shape in shapes.items()}
+    tensors |= {"out.weight": torch.randn(2, 6), "out.bias": torch.randn(2)}
+    return Checkpoint("m.keras", "Keras 3", tensors, operations=Operations(steps, "out"), input_shape=(3, 9, 7))
+
+
+def test_a_whole_network_that_turns_its_map_gives_dense_rows_as_the_new_network_counts_them() -> None:
+    source = turning()
+    layers = OrderedDict(
+        conv=nn.Conv2d(3, 5, 3, 2), act=nn.ReLU(), flat=nn.Flatten(), dense=nn.Linear(60, 6), out=nn.Linear(6, 2)
+    )
+    target, x = nn.Sequential(layers), torch.rand(4, 3, 9, 7)
+    restore(target, source, example=x, quiet=True)
+    assert source.operations is not None
+    with torch.no_grad():
+        assert torch.allclose(target(x), build(source.operations, source.tensors)(x), atol=1e-5)
+
+
 def test_flatten_that_is_not_square_is_told() -> None:
     source = nn.Sequential(OrderedDict(conv=nn.Conv2d(1, 4, 1), flat=nn.Flatten(), dense=nn.Linear(4 * 2 * 6, 3)))
     target = nn.Sequential(OrderedDict(conv=nn.Conv2d(1, 4, 1), flat=nn.Flatten(), dense=nn.Linear(4 * 2 * 6, 3)))
@@ -260,6 +291,11 @@ def test_input_channels_are_adapted_only_when_asked() -> None:
         )
 
 
+def test_where_adapting_is_the_cure_the_refusal_says_so() -> None:
+    with pytest.raises(ReaderError, match="fit it with --adapt, choose with --match"):
+        restore(network(channels=1), state(network(1)), quiet=True)
+
+
 def test_position_embeddings_are_resampled_only_when_asked() -> None:
     class Tokens(nn.Module):
         def __init__(self, count: int) -> None:
@@ -307,6 +343,32 @@ def test_whole_numbers_do_not_pass_for_weights() -> None:
     quantised = {k: (v * 10).to(torch.uint8) if v.dim() == 4 else v for k, v in state(network(1)).items()}
     with pytest.raises(ReaderError, match="conv.weight"):
         restore(network(2), quantised, quiet=True)
+
+
+def test_weights_in_whole_numbers_are_called_so() -> None:
+    whole = {k: (v * 10).to(torch.int8) for k, v in state(network(1)).items()}
+    with pytest.raises(ReaderError, match=r"\(8, 3, 3, 2\) of whole numbers, wanted"):
+        restore(network(2), whole, quiet=True)
+
+
+def test_two_values_for_tied_weights_are_refused_and_equal_ones_taken() -> None:
+    def tied() -> nn.Sequential:
+        made = mlp(3)
+        made.hidden2.weight = made.hidden1.weight  # type: ignore[union-attr]
+        return made
+
+    target, theirs = tied(), state(tied())
+    restore(target, theirs, quiet=True)
+    before = state(target)
+    with pytest.raises(ReaderError, match=r"hidden1.weight and hidden2.weight are one parameter .* has two values"):
+        restore(target, theirs | {"hidden2.weight": torch.ones(7, 7)}, quiet=True)
+    assert all(torch.equal(a, b) for a, b in zip(state(target).values(), before.values(), strict=True))
+
+
+@pytest.mark.parametrize("least", [float("nan"), -0.1, 1.5])
+def test_a_least_coverage_that_is_no_share_is_refused(least: float) -> None:
+    with pytest.raises(ReaderError, match=f"a share from 0 to 1; found {least}"):
+        restore(network(), state(network()), min_coverage=least, quiet=True)
 
 
 def test_table_tells_what_came_of_every_parameter(capsys: pytest.CaptureFixture[str]) -> None:

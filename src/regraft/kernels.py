@@ -24,6 +24,8 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
+CHANNELS_LAST = (1, 2, 0)
+"""The order of (channels, height, width) in which frameworks with channels last count a flattened map."""
 SAME = 1e-5
 """Two values of a run that differ by less are the same."""
 
@@ -40,10 +42,17 @@ class Places:
 
     def of_channels_last(self, weight: torch.Tensor) -> torch.Tensor:
         """Weights (out, in) whose inputs were counted (h, w, c), in the order of this layer; others as they are."""
-        channels, height, width = self.lengths
-        if weight.shape[1] != math.prod(self.lengths):
+        return self.of(Places(self.lengths, CHANNELS_LAST), weight)
+
+    def of(self, other: Places, weight: torch.Tensor) -> torch.Tensor:
+        """Weights (out, in) whose inputs lie in the same map as `other` says, in the order of this layer.
+
+        Those of a map of another size stay as they are.
+        """
+        if weight.shape[1] != math.prod(self.lengths) or self.lengths != other.lengths:
             return weight
-        stored = weight.reshape(-1, height, width, channels).permute(0, 3, 1, 2)
+        sizes = [self.lengths[axis] for axis in other.order]
+        stored = weight.reshape(-1, *sizes).permute(0, *(other.order.index(axis) + 1 for axis in range(3)))
         return stored.permute(0, *(axis + 1 for axis in self.order)).reshape(len(weight), -1)
 
 

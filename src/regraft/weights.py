@@ -26,6 +26,7 @@ from regraft.errors import BackboneError, ReaderError
 from regraft.kernels import Places, converted, flattened, with_input_channels, with_positions
 from regraft.matching import COUNTER, Match, Offer, nearest, offers
 from regraft.matching import match as matched
+from regraft.operations import build
 from regraft.printable import printable
 from regraft.readers import Checkpoint, Layout, checkpoint_of, read_checkpoint
 
@@ -130,23 +131,40 @@ def restore(
     """
     if layout is not None and layout not in get_args(Layout):
         raise ReaderError(f"The layout must be one of {', '.join(get_args(Layout))}; found {layout!r}.")
+    if not 0 <= min_coverage <= 1:
+        raise ReaderError(f"The least coverage must be a share from 0 to 1; found {min_coverage}.")
     checkpoint = source if isinstance(source, Checkpoint) else _checkpoint(source)
     offered = offers(checkpoint, rename or {})
-    seen = _seen(module, layout or checkpoint.layout, example)
+    turned = _turned(checkpoint)
+    told = layout or checkpoint.layout
+    seen = _seen(module, told in CHANNELS_LAST or bool(turned), example)
     places = {**seen.places, **{path: Places(lengths) for path, lengths in (flatten or {}).items()}}
-    fit = _Fit(module, module.state_dict(), layout or checkpoint.layout, places, adapt)
+    fit = _Fit(module, module.state_dict(), told, places, adapt, turned)
     last = frozenset(name for name in fit.state if name.rpartition(".")[0] == seen.last)
     wanted = _wanted(fit, match)
     taken = matched(checkpoint.path, offered, wanted, fit, last)
     chosen = frozenset(wanted) if match else frozenset(wanted) - last
     coverage = Coverage(checkpoint.path, checkpoint.format, taken.by, _rows(fit, offered, wanted, taken), chosen)
     _check(coverage, fit, offered, min_coverage)
+    _refuse_two_values(checkpoint.path, fit, taken)
     with torch.no_grad():
         for name, tensor in taken.fitting.items():
             fit.state[name].copy_(tensor)
     if not quiet:
         print(coverage, file=sys.stderr)
     return coverage
+
+
+def _refuse_two_values(path: str, fit: _Fit, taken: Match) -> None:
+    """Raise where tied parameters of the network would take tensors that differ."""
+    first: dict[tuple[object, ...], str] = {}
+    for name, tensor in taken.fitting.items():
+        other = first.setdefault(_memory(fit.state[name]), name)
+        if other != name and not torch.equal(taken.fitting[other], tensor):
+            raise ReaderError(
+                f"{other} and {name} are one parameter of the network, and {path} has two values for them: choose one "
+                "with --match."
+            )
 
 
 def matches(pattern: str, name: str) -> bool:
@@ -157,13 +175,14 @@ def matches(pattern: str, name: str) -> bool:
 
 @dataclass(frozen=True)
 class _Fit:
-    """How tensors of a file become those of a module."""
+    """How tensors of a file become those of a module. turned: dense weights by their identity, see `_turned`."""
 
     module: nn.Module
     state: Mapping[str, torch.Tensor]
     layout: Layout
     places: Mapping[str, Places | None]
     adapt: bool
+    turned: Mapping[int, Places]
 
     def __call__(self, name: str, tensor: torch.Tensor) -> torch.Tensor | None:
         """The tensor as the parameter `name` wants it, None where its shape or kind does not fit."""
@@ -176,8 +195,12 @@ class _Fit:
         if path in self.places and places is None and own == "weight":
             raise ReaderError(
                 f"The order in which {path} reads the map before it must be known to take weights of layout "
-                f"{self.layout}, and no run told it: give example= or flatten={{{path!r}: (channels, height, width)}}."
+                f"{self.layout if not self.turned else 'channels last'}, and no run told it: give example= or "
+                f"flatten={{{path!r}: (channels, height, width)}}."
             )
+        turned = self.turned.get(id(tensor))
+        if turned is not None and places is not None and own == "weight" and isinstance(owner, nn.Linear):
+            tensor = places.of(turned, tensor)
         found = converted(tensor, owner, own, self.layout, places)
         if found is not None and found.shape != target.shape and _is_line(found) and _is_line(target):
             found = found.reshape(target.shape) if found.numel() == target.numel() else found
@@ -204,12 +227,32 @@ class _Seen:
     last: str
 
 
-def _seen(module: nn.Module, layout: Layout, example: torch.Tensor | None) -> _Seen:
-    """From a run of a copy where the order of a flattened map matters or an example is given, else from its layers."""
+def _turned(checkpoint: Checkpoint) -> dict[int, Places]:
+    """What dense layers of the file's own network read of a map that it turned before it flattened it, by weight.
+
+    Frameworks with channels last count such a map in their own order, also where all else is said in torch's.
+    """
+    if checkpoint.operations is None:
+        return {}
+    steps = checkpoint.operations.steps
+    if not any("permute" in (step.kind, step.options.get("function")) for step in steps):
+        return {}
+    network = build(checkpoint.operations, checkpoint.tensors)
+    stated = checkpoint.input_shape
+    try:
+        run, shape = with_pictures(network, stated if stated and len(stated) == 3 and all(stated) else None)
+    except BackboneError:
+        return {}
+    read = {f"{path}.weight": places for path, places in flattened(network, run, shape).items() if places}
+    return {id(checkpoint.tensors[name]): places for name, places in read.items() if name in checkpoint.tensors}
+
+
+def _seen(module: nn.Module, counts: bool, example: torch.Tensor | None) -> _Seen:
+    """From a run of a copy where the order of a flattened map counts or an example is given, else from its layers."""
     layers = [(path, m) for path, m in module.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
     dense = [path for path, m in layers if isinstance(m, nn.Linear)]
     registered = (dense or [path for path, _ in layers] or [""])[-1]
-    if example is None and layout not in CHANNELS_LAST:
+    if example is None and not counts:
         return _Seen({}, registered)
     copied = copy.deepcopy(module).eval()
     called: list[str] = []
@@ -220,11 +263,11 @@ def _seen(module: nn.Module, layout: Layout, example: torch.Tensor | None) -> _S
     try:
         run, shape = with_pictures(copied, tuple(example.shape[1:]) if example is not None else None)
     except BackboneError:
-        return _Seen(_supposed(module) if layout in CHANNELS_LAST else {}, registered)
+        return _Seen(_supposed(module) if counts else {}, registered)
     finally:
         for hook in hooks:
             hook.remove()
-    return _Seen(flattened(copied, run, shape) if layout in CHANNELS_LAST else {}, (called or [registered])[-1])
+    return _Seen(flattened(copied, run, shape) if counts else {}, (called or [registered])[-1])
 
 
 def _supposed(module: nn.Module) -> dict[str, Places | None]:
@@ -292,14 +335,15 @@ def _rows(fit: _Fit, offered: Sequence[Offer], wanted: Sequence[str], taken: Mat
             rows.append(Row(name, "skipped by pattern", ""))
         elif name in taken.fitting:
             offer = by_source[source]
-            moved = taken.fitting[name].shape != offer.tensor.shape or not torch.equal(
-                taken.fitting[name], offer.tensor
-            )
+            found = taken.fitting[name]
+            moved = found is not offer.tensor and not torch.equal(found, offer.tensor)
             status = "transposed" if moved else "loaded" if ".".join(offer.parts) == name else "renamed"
             rows.append(Row(name, status, source))
         elif source:
             read = f" read as {fit.layout}" if fit.layout != "torch" else ""
-            shapes = f"{source} is {tuple(by_source[source].tensor.shape)}{read}, wanted {tuple(target.shape)}"
+            theirs = by_source[source].tensor
+            whole = " of whole numbers" if target.is_floating_point() and not theirs.is_floating_point() else ""
+            shapes = f"{source} is {tuple(theirs.shape)}{whole}{read}, wanted {tuple(target.shape)}"
             rows.append(Row(name, "shape mismatch", source, shapes))
         elif _memory(target) in loaded:
             rows.append(Row(name, "loaded", taken.sources[loaded[_memory(target)]], "the same memory"))
@@ -330,8 +374,13 @@ def _check(coverage: Coverage, fit: _Fit, offered: Sequence[Offer], least: float
     if coverage.share < least:
         row = next(row for row in coverage.rows if row.parameter == lost[0])
         what = row.detail or f"nearest names there: {nearest(lost[0], names)}"
+        stored = {offer.name: offer.tensor for offer in offered}
+        adaptable = (
+            row.source and not fit.adapt and replace(fit, adapt=True)(row.parameter, stored[row.source]) is not None
+        )
         raise ReaderError(
             f"{coverage.path} must hold {least:.0%} of the parameters wanted, and holds {coverage.share:.0%}: "
-            f"{len(lost)} are not loaded, the first {lost[0]} ({row.status}; {what}); rename, choose with --match, or "
-            "allow less with --min-coverage."
+            f"{len(lost)} are not loaded, the first {lost[0]} ({row.status}; {what}); "
+            f"{'fit it with --adapt' if adaptable else 'rename'}, choose with --match, or allow less with "
+            "--min-coverage."
         )

@@ -77,7 +77,8 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     read: Callable[[Path], Checkpoint] = getattr(importlib.import_module(f"regraft.readers.{module}"), function)
     found = read(place)
     if not found.tensors:
-        raise ReaderError(f"{place} must hold weights; no tensor is in it ({found.format}).")
+        beside = f", only {', '.join(found.passed_over[:3])}, never weights" if found.passed_over else ""
+        raise ReaderError(f"{place} must hold weights; none are in it{beside} ({found.format}).")
     return found
 
 
@@ -107,6 +108,8 @@ def _reader(place: Path) -> tuple[str, str]:
             f"A folder of weights must be a SavedModel, a TensorFlow checkpoint or a Hugging Face model; {place} has "
             "no saved_model.pb, *.index or config.json."
         )
+    if place.exists() and not place.is_file():
+        raise ReaderError(f"Weights must be a file or a folder; {place} is neither.")
     if (not place.exists() and _is_prefix(place)) or (place.exists() and _is_of_tensorflow(place)):
         return checkpoint
     if not place.exists():

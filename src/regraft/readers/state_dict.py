@@ -38,9 +38,13 @@ def weights_of(value: Any, origin: str) -> tuple[Tensors, tuple[str, ...]]:
     ReaderError naming `origin` where there is no tensor, or where it is nested beyond reason.
     """
     walk = _Walk(origin)
+    if torch.is_tensor(value):
+        raise ReaderError(f"{origin} must hold a state dict, tensors by name; found one tensor without a name.")
     if not walk.holds(value):
         kind = f"a {type(value).__name__}"
-        if isinstance(value, Mapping):
+        if _is_optimizer(value):
+            kind = "the state of an optimizer"
+        elif isinstance(value, Mapping):
             kind = f"a dict of {', '.join(str(k)[:40] for k in list(value)[:5]) or 'nothing'}"
         raise ReaderError(f"{origin} must hold a state dict, tensors by name; found {kind}.")
     walk.take(value, "")
@@ -92,6 +96,8 @@ class _Walk:
             raise ReaderError(f"{self.origin} must hold a state dict; it is nested more than {DEPTH} deep.")
         if id(value) not in self.known:
             self.known[id(value)] = False  # a container within itself
+            if _is_optimizer(value):
+                return False
             self.known[id(value)] = any(self.holds(inner, depth + 1) for inner in _entries(value).values())
         return self.known[id(value)]
 
@@ -149,6 +155,11 @@ def _chosen(sizes: Mapping[str, int]) -> list[str]:
     wrapped = [part for part in plain if part in WRAPPERS]
     most = max((sizes[part] for part in plain), default=0)
     return wrapped if any(sizes[part] == most for part in wrapped) else plain
+
+
+def _is_optimizer(value: Any) -> bool:
+    """Whether this is what an optimizer of torch saves, whose moments have the shapes of weights."""
+    return isinstance(value, Mapping) and {"state", "param_groups"} <= value.keys()
 
 
 def _is_flat(value: Any) -> bool:
