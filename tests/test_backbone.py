@@ -14,7 +14,7 @@ from torch import nn
 
 from regraft.architecture import stated_or_found
 from regraft.backbone import Backbone, load_backbone, rebuild, weights_digest
-from regraft.errors import BackboneError, CutError, TraceError
+from regraft.errors import BackboneError, CutError, ReaderError, TraceError
 from regraft.preprocess import normalise, plain_spec
 from tiny import EXAMPLE, TinyNet
 
@@ -375,3 +375,23 @@ def test_a_file_of_weights_for_a_network_that_cannot_be_cut_is_refused(tmp_path:
     torch.save(Parallel().state_dict(), tmp_path / "parallel.pt")
     with pytest.raises(CutError, match=r"parallel\.pt has none"):
         load_backbone(str(tmp_path / "parallel.pt"), arch=f"{__name__}:Parallel")
+
+
+def test_weights_of_the_default_network_are_taken_by_its_name_and_what_was_loaded_is_said_once_it_stands(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = load_backbone("scratch", seed=3).module.state_dict()
+    torch.save(weights, tmp_path / "own.pt")
+    found = load_backbone(str(tmp_path / "own.pt"), arch="default")
+    assert found.source.architecture == "tf_efficientnet_lite0"
+    assert "loaded" in capsys.readouterr().err
+    first = next(iter(weights))
+    torch.save({**weights, first: weights[first] * float("nan")}, tmp_path / "nan.pt")
+    with pytest.raises(BackboneError, match="must be finite"):
+        load_backbone(str(tmp_path / "nan.pt"), arch="default")
+    assert capsys.readouterr().err == ""
+
+
+def test_what_is_neither_file_nor_folder_holds_no_weights() -> None:
+    with pytest.raises(ReaderError, match="must be a file or a folder; /dev/zero is neither"):
+        load_backbone("/dev/zero", arch="resnet18")

@@ -16,11 +16,11 @@ import torch
 from PIL import Image
 from torch import nn
 
-from regraft.backbone import weights_digest
+from regraft.backbone import load_backbone, weights_digest
 from regraft.errors import BackboneError
 from regraft.graph import Trace, trace
 from regraft.networks.huggingface import MODEL_TYPES, config_of, create, create_from_config, licence_of, preprocess_of
-from regraft.preprocess import PreprocessSpec, fit_to_size, normalise
+from regraft.preprocess import PreprocessSpec, fit_to_size, normalise, plain_spec
 from whole_and_parts import assert_a_step_trains, assert_parts_are_the_whole, blocks_and_cuts, pictures, some
 
 TRANSFORMER = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 64}
@@ -557,6 +557,9 @@ def test_a_network_that_states_no_preparation_says_so(folders: Any) -> None:
     module = create(str(folders("vit")), pretrained=False)
     with pytest.raises(BackboneError, match=r"needs preprocessor_config\.json.* has none: add it, or give preprocess="):
         preprocess_of(module)
+    size = module.config.image_size
+    found = load_backbone(str(folders("vit")), preprocess=plain_spec(size, size, 3))
+    assert found.preprocess == plain_spec(size, size, 3)
 
 
 def test_the_processor_inside_a_larger_file_is_found(changed: Any) -> None:

@@ -93,6 +93,7 @@ def test_standardisation_comes_first_and_batch_norm_leaves_the_input_out() -> No
         (lambda: groundwork.activation("relux"), "found 'relux'"),
         (lambda: groundwork.advise_activation("hard"), "found 'hard'"),
         (lambda: Clipping("norm", 0), "above 0"),
+        (lambda: Clipping("norm", "1"), "above 0; found norm, '1'"),
     ],
 )
 def test_wrong_arguments_get_one_sentence(call: Callable[[], object], says: str) -> None:

@@ -75,13 +75,16 @@ class Architecture:
     config: Mapping[str, Any] | None = None
 
 
-def architecture(name: str, *, pretrained: bool, seed: int = 0) -> Architecture:
+def architecture(
+    name: str, *, pretrained: bool, seed: int = 0, preprocess: PreprocessSpec | None = None
+) -> Architecture:
     """The network called `name`, with the weights of its library or seeded random ones.
 
+    preprocess: instead of what the network states.
     Raises BackboneError where there is no such network or its weights cannot be had.
     """
     if is_user_function(name):
-        return Architecture(name, _called(name, seed), None)
+        return Architecture(name, _called(name, seed), preprocess)
     package, own = "timm_networks", name
     if name.startswith("torchvision/"):
         package, own = "torchvision_networks", name.removeprefix("torchvision/")
@@ -91,7 +94,7 @@ def architecture(name: str, *, pretrained: bool, seed: int = 0) -> Architecture:
     module = library.create(own, pretrained=pretrained, seed=seed)
     licence = library.licence_of(module) if pretrained else None
     config = library.config_of(module) if package == "huggingface" else None
-    return Architecture(name, module, library.preprocess_of(module), licence, config)
+    return Architecture(name, module, preprocess or library.preprocess_of(module), licence, config)
 
 
 def from_config(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> nn.Module:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -160,12 +161,11 @@ def load_backbone(
     if is_user_function(spec):
         module, shape = with_pictures(architecture(spec, pretrained=False, seed=seed).module)
         return described_backbone(module, stated_or_found(preprocess, module, shape), spec)
-    made = architecture(name, pretrained=pretrained, seed=seed)
-    stated = preprocess or made.preprocess
-    if stated is None:
+    made = architecture(name, pretrained=pretrained, seed=seed, preprocess=preprocess)
+    if made.preprocess is None:
         raise BackboneError(f"A network by name must state its preprocessing; {name} does not: give preprocess=.")
     source = Source(spec, name, "", pretrained, made.licence)
-    return _assemble(made.module, _blank(stated), stated, source, config=made.config)
+    return _assemble(made.module, _blank(made.preprocess), made.preprocess, source, config=made.config)
 
 
 def is_backbone_folder(spec: str) -> bool:
@@ -389,17 +389,20 @@ def _from_weights(
     seed: int,
     options: Mapping[str, Any],
 ) -> Backbone:
-    made = architecture(arch, pretrained=False, seed=seed)
-    stated = preprocess or made.preprocess
+    arch = EMBEDDED if arch in ("default", SCRATCH) else arch
+    made = architecture(arch, pretrained=False, seed=seed, preprocess=preprocess)
+    stated = made.preprocess
     module, shape = with_pictures(made.module, (stated.channels, *stated.size) if stated else None)
-    coverage = restore(made.module, checkpoint, example=torch.zeros(2, *shape), **options)
+    coverage = restore(made.module, checkpoint, example=torch.zeros(2, *shape), quiet=True, **options)
     final = stated_or_found(stated, module, shape)
     if module is not made.module:
         coverage = coverage.below("network")
     said = as_operations(module, _blank(final)) if is_user_function(arch) else None
     operations = said.operations if said else None
     source = Source(spec, arch, "", True, None)
-    return _assemble(said or module, _blank(final), final, source, operations, config=made.config, coverage=coverage)
+    found = _assemble(said or module, _blank(final), final, source, operations, config=made.config, coverage=coverage)
+    print(coverage, file=sys.stderr)
+    return found
 
 
 def _assemble(

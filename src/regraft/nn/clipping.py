@@ -19,9 +19,10 @@ class Clipping:
     limit: float
 
     def __post_init__(self) -> None:
-        if self.by not in ("value", "norm") or not 0 < self.limit < float("inf"):
+        number = isinstance(self.limit, int | float)
+        if self.by not in ("value", "norm") or not number or not 0 < self.limit < float("inf"):
             raise ValueError(
-                f"Gradients are clipped by value or norm at a finite limit above 0; found {self.by}, {self.limit}."
+                f"Gradients are clipped by value or norm at a finite limit above 0; found {self.by}, {self.limit!r}."
             )
 
 

@@ -83,7 +83,8 @@ class Summary:
 def summary(module: nn.Module, input_shape: Sequence[int]) -> Summary:
     """Facts of every layer that holds numbers of its own or has no layers inside, from one run on zeros.
 
-    input_shape: without the batch. The module stays as it is: the run is in evaluation mode, without gradients.
+    input_shape: without the batch. The module stays as it is, but that lazy layers take their shapes: the run is in
+    evaluation mode, without gradients.
 
         >>> print(summary(regraft.nn.mlp([784, 300, 100, 10], norm="batch"), (784,)))
     """
