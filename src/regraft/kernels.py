@@ -45,11 +45,11 @@ class Places:
         return self.of(Places(self.lengths, CHANNELS_LAST), weight)
 
     def of(self, other: Places, weight: torch.Tensor) -> torch.Tensor:
-        """Weights (out, in) whose inputs lie in the same map as `other` says, in the order of this layer.
+        """Weights (out, in) whose inputs were counted as `other` says, of a map as large, in the order of this layer.
 
-        Those of a map of another size stay as they are.
+        Weights for another number of inputs stay as they are.
         """
-        if weight.shape[1] != math.prod(self.lengths) or self.lengths != other.lengths:
+        if weight.shape[1] != math.prod(self.lengths):
             return weight
         sizes = [self.lengths[axis] for axis in other.order]
         stored = weight.reshape(-1, *sizes).permute(0, *(other.order.index(axis) + 1 for axis in range(3)))

@@ -200,6 +200,8 @@ class _Fit:
             )
         turned = self.turned.get(id(tensor))
         if turned is not None and places is not None and own == "weight" and isinstance(owner, nn.Linear):
+            if turned.lengths != places.lengths:
+                return None
             tensor = places.of(turned, tensor)
         found = converted(tensor, owner, own, self.layout, places)
         if found is not None and found.shape != target.shape and _is_line(found) and _is_line(target):
