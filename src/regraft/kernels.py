@@ -22,9 +22,7 @@ from regraft.readers import Layout
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-
-
-CHANNELS_LAST = (1, 2, 0)
+HWC = (1, 2, 0)
 """The order of (channels, height, width) in which frameworks with channels last count a flattened map."""
 SAME = 1e-5
 """Two values of a run that differ by less are the same."""
@@ -42,7 +40,7 @@ class Places:
 
     def of_channels_last(self, weight: torch.Tensor) -> torch.Tensor:
         """Weights (out, in) whose inputs were counted (h, w, c), in the order of this layer; others as they are."""
-        return self.of(Places(self.lengths, CHANNELS_LAST), weight)
+        return self.of(Places(self.lengths, HWC), weight)
 
     def of(self, other: Places, weight: torch.Tensor) -> torch.Tensor:
         """Weights (out, in) whose inputs were counted as `other` says, of a map as large, in the order of this layer.

@@ -192,13 +192,14 @@ class _Fit:
             return None
         owner = self.module.get_submodule(path)
         places = self.places.get(path)
-        if path in self.places and places is None and own == "weight":
-            raise ReaderError(
-                f"The order in which {path} reads the map before it must be known to take weights of layout "
-                f"{self.layout if not self.turned else 'channels last'}, and no run told it: give example= or "
-                f"flatten={{{path!r}: (channels, height, width)}}."
-            )
         turned = self.turned.get(id(tensor))
+        counts = turned is not None or self.layout in CHANNELS_LAST
+        if counts and path in self.places and places is None and own == "weight":
+            raise ReaderError(
+                f"The order in which {path} reads the map before it must be known to take weights that were counted "
+                f"with channels last, and no run told it: give example= or flatten={{{path!r}: (channels, height, "
+                "width)}."
+            )
         if turned is not None and places is not None and own == "weight" and isinstance(owner, nn.Linear):
             if turned.lengths != places.lengths:
                 return None
