@@ -354,7 +354,7 @@ def test_weights_in_whole_numbers_are_called_so() -> None:
 def test_two_values_for_tied_weights_are_refused_and_equal_ones_taken() -> None:
     def tied() -> nn.Sequential:
         made = mlp(3)
-        made.hidden2.weight = made.hidden1.weight  # type: ignore[union-attr]
+        made.get_submodule("hidden2").weight = made.get_submodule("hidden1").weight
         return made
 
     target, theirs = tied(), state(tied())
